@@ -1,0 +1,84 @@
+"""Mask logits kept as the product they are, so that nobody computes a pixel that nobody reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskLogits:
+    """The two factors of the mask logits ``embed[b, q, :] · features[b, :, y, x]`` (Mask2Former, section 3.1).
+
+    Resizing and point sampling are linear in the features, hence they commute with the product: each method below equals the same
+    operation on :meth:`dense`, up to rounding.
+
+    Attributes:
+        embed: mask embeddings, ``[B, Q, C]``.
+        features: per-pixel embeddings, ``[B, C, H, W]``, usually at stride 4.
+    """
+
+    embed: Tensor
+    features: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the dense logits."""
+        return self.features.shape[-2], self.features.shape[-1]
+
+    def dense(self) -> Tensor:
+        """All logits, ``[B, Q, H, W]``."""
+        return (self.embed @ self.features.flatten(2)).unflatten(2, self.size)
+
+    def resize(self, size: tuple[int, int]) -> Tensor:
+        """Logits at another size, ``[B, Q, h, w]``; bilinear, ``align_corners=False``."""
+        return self.with_size(size).dense()
+
+    def with_size(self, size: tuple[int, int]) -> MaskLogits:
+        """The same factors with the features resized to ``size``; bilinear, ``align_corners=False``."""
+        if tuple(size) == self.size:
+            return self
+        return MaskLogits(self.embed, F.interpolate(self.features, size=size, mode="bilinear", align_corners=False))
+
+    def at(self, points: Tensor) -> Tensor:
+        """Logits at points, ``[B, Q, P]``.
+
+        Args:
+            points: ``[B, P, 2]``, (x, y) in [0, 1] of the image; bilinear with zeros outside, ``align_corners=False``.
+        """
+        grid = 2.0 * points.to(self.features.dtype) - 1.0
+        sampled = F.grid_sample(self.features, grid.unsqueeze(2), align_corners=False).squeeze(3)
+        return self.embed @ sampled
+
+    def select(self, batch: Tensor, query: Tensor) -> Tensor:
+        """Dense logits of N chosen (image, query) pairs, ``[N, H, W]``, in the order given.
+
+        Args:
+            batch: ``[N]`` image indices.
+            query: ``[N]`` query indices.
+        """
+        if batch.numel() == 0:
+            # an empty result that stays on the graph: every parameter still gets a (zero) gradient without targets
+            return (self.embed.sum() + self.features.sum()) * self.embed.new_zeros((0, *self.size))
+        order = torch.argsort(batch, stable=True)
+        counts = torch.bincount(batch, minlength=self.embed.shape[0]).tolist()
+        rows = self.embed[batch[order], query[order]].split(counts)
+        parts = [r @ f.flatten(1) for r, f in zip(rows, self.features) if r.shape[0]]
+        dense = torch.cat(parts)[torch.argsort(order)]
+        return dense.unflatten(1, self.size)
+
+
+class MaskPrediction(dict):
+    """Output of a transformer decoder: ``pred_logits`` ``[B, Q, K+1]``, ``mask_logits`` (:class:`MaskLogits`), ``aux_outputs`` (list of the same).
+
+    ``prediction["pred_masks"]`` gives the dense ``[B, Q, H, W]`` logits of the published interface; they are computed when asked for.
+    """
+
+    def __missing__(self, key: str) -> Tensor:
+        if key == "pred_masks" and "mask_logits" in self:
+            self[key] = self["mask_logits"].dense()
+            return self[key]
+        raise KeyError(key)
