@@ -1,0 +1,1 @@
+"""Helpers of the embedded Detectron2 slice: logging, events, files, processes."""
