@@ -1,0 +1,168 @@
+"""Training and evaluation: the plugin's ``Trainer`` on Detectron2's, and the set-up that the tools share."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import time
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.projects.deeplab import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from mask2former_plugin.checkpoint import Checkpointer
+from mask2former_plugin.config import load_config
+from mask2former_plugin.data.datasets.custom import check_num_classes, register_custom_datasets
+from mask2former_plugin.data.mappers import build_mapper
+from mask2former_plugin.evaluation import build_evaluator
+from mask2former_plugin.solver import build_optimizer
+from mask2former_plugin.test_time_augmentation import SemanticSegmentorWithTTA
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class MixedPrecisionTrainer(SimpleTrainer):
+    """One training step under autocast, on any device.
+
+    Detectron2's own ``AMPTrainer`` is float16 on CUDA. bfloat16 has the range of float32: it needs no loss scaling and runs on CPUs too.
+    """
+
+    def __init__(self, model: nn.Module, data_loader, optimizer: torch.optim.Optimizer, precision: torch.dtype):
+        super().__init__(model, data_loader, optimizer)
+        self.precision = precision
+        self.device_type = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self.device_type, dtype=self.precision):
+            loss_dict = self.model(data)
+            losses = sum(loss_dict.values())
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(losses).backward()
+        self.after_backward()
+        self._write_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` with the mappers, optimizers, schedules and evaluators of MaskFormer and Mask2Former."""
+
+    def __init__(self, cfg: CfgNode):
+        amp = cfg.SOLVER.AMP.ENABLED
+        # Detectron2 would build its CUDA-only AMP trainer: let it build the plain one, then exchange it
+        plain = cfg.clone()
+        plain.defrost()
+        plain.SOLVER.AMP.ENABLED = False
+        plain.freeze()
+        super().__init__(plain)
+        self.cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        if amp:
+            inner = self._trainer
+            self._trainer = MixedPrecisionTrainer(inner.model, inner.data_loader, inner.optimizer, PRECISIONS[cfg.SOLVER.AMP.PRECISION])
+        self.checkpointer = Checkpointer.of_trainer(self)
+        self._hooks.clear()
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """Detectron2's hooks, and the one that keeps the best checkpoint if ``TEST.BEST_CHECKPOINT.METRIC`` names a metric."""
+        result = super().build_hooks()
+        best = self.cfg.TEST.BEST_CHECKPOINT
+        if best.METRIC and comm.is_main_process():
+            keeper = hooks.BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, best.METRIC, best.MODE)
+            # right after the evaluation, before the writers
+            index = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.EvalHook)) + 1
+            result.insert(index, keeper)
+        return result
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Semantic evaluation with test-time augmentation on ``DATASETS.TEST``; the keys of the results end in ``_TTA``."""
+        logger.info("Running inference with test-time augmentation")
+        model = SemanticSegmentorWithTTA(cfg, model)
+        evaluators = [
+            cls.build_evaluator(cfg, name, output_folder=os.path.join(cfg.OUTPUT_DIR, "inference_TTA")) for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, model, evaluators)
+        return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config of a run from the command line: read, checked, frozen; loggers and output folder ready.
+
+    Raises:
+        KeyError, ValueError, FileNotFoundError: what the config asks for can't be had; one sentence says what to change.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    register_custom_datasets(cfg)
+    check_config(cfg, training=not args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former_plugin", abbrev_name="m2f")
+    return cfg
+
+
+def check_config(cfg: CfgNode, *, training: bool) -> None:
+    """Raise one clear error for what would otherwise fail late: unknown datasets, class counts, device, precision."""
+    _check_datasets(cfg, training)
+    check_num_classes(cfg)
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("MODEL.DEVICE is 'cuda', but torch sees no CUDA device; add MODEL.DEVICE cpu to the command line")
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
+        raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")
+
+
+def _check_datasets(cfg: CfgNode, training: bool) -> None:
+    known = DatasetCatalog.list()
+    for key in ("TRAIN", "TEST") if training else ("TEST",):
+        names = cfg.DATASETS[key]
+        if not names and (key == "TRAIN" or not training):
+            raise ValueError(f"DATASETS.{key} is empty: name at least one registered dataset")
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else f"; registered are {', '.join(sorted(known))}"
+                raise KeyError(f"DATASETS.{key}: unknown dataset {name!r}{hint}")

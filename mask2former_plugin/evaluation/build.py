@@ -1,0 +1,88 @@
+"""Chooses the evaluators of a dataset from its metadata and the tasks that are switched on."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    SemSegEvaluator,
+)
+
+from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
+
+KNOWN_TYPES = (
+    "sem_seg",
+    "coco",
+    "coco_panoptic_seg",
+    "ade20k_panoptic_seg",
+    "mapillary_vistas_panoptic_seg",
+    "cityscapes_instance",
+    "cityscapes_sem_seg",
+    "cityscapes_panoptic_seg",
+    "lvis",
+)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """Evaluator(s) of one dataset.
+
+    ``MetadataCatalog.get(dataset_name).evaluator_type`` names the kind; the flags of ``MODEL.MASK_FORMER.TEST`` say which tasks of a
+    panoptic dataset are evaluated, as in the published ``train_net.py``.
+
+    Args:
+        output_folder: where predictions are written, default ``OUTPUT_DIR/inference``.
+
+    Raises:
+        ValueError: the dataset has no evaluator type that is known here, or no task of it is switched on.
+    """
+    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type")
+    tasks = cfg.MODEL.MASK_FORMER.TEST
+    evaluators: list[DatasetEvaluator] = []
+    if kind == "sem_seg":
+        evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
+    elif kind == "coco":
+        evaluators.append(COCOEvaluator(dataset_name, output_dir=output_folder))
+    elif kind == "lvis":
+        evaluators.append(LVISEvaluator(dataset_name, output_dir=output_folder))
+    elif kind == "cityscapes_instance":
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name))
+    elif kind == "cityscapes_sem_seg":
+        evaluators.append(CityscapesSemSegEvaluator(dataset_name))
+    elif kind == "cityscapes_panoptic_seg":
+        if tasks.PANOPTIC_ON:
+            evaluators.append(COCOPanopticEvaluator(dataset_name, output_folder))
+        if tasks.SEMANTIC_ON:
+            evaluators.append(CityscapesSemSegEvaluator(dataset_name))
+        if tasks.INSTANCE_ON:
+            evaluators.append(CityscapesInstanceEvaluator(dataset_name))
+    elif kind in ("coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"):
+        if tasks.PANOPTIC_ON:
+            evaluators.append(COCOPanopticEvaluator(dataset_name, output_folder))
+        # COCO panoptic without semantic PNGs (as MaskFormer's files use it) and Mapillary without instance json have less to compare with
+        if tasks.SEMANTIC_ON and metadata.get("sem_seg_root"):
+            evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
+        if tasks.INSTANCE_ON and metadata.get("json_file"):
+            instance_evaluator = COCOEvaluator if kind == "coco_panoptic_seg" else InstanceSegEvaluator
+            evaluators.append(instance_evaluator(dataset_name, output_dir=output_folder))
+    else:
+        raise ValueError(
+            f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {', '.join(KNOWN_TYPES)}. "
+            f"Set MetadataCatalog.get({dataset_name!r}).evaluator_type, or override Trainer.build_evaluator"
+        )
+    if not evaluators:
+        raise ValueError(
+            f"nothing to evaluate on {dataset_name!r} (evaluator_type {kind!r}): switch on SEMANTIC_ON, INSTANCE_ON or PANOPTIC_ON of "
+            "MODEL.MASK_FORMER.TEST, as far as the dataset has such ground truth"
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Train or evaluate MaskFormer and Mask2Former.
+
+  python tools/train_net.py --config-file configs/quickstart/mask2former.yaml
+  python tools/train_net.py --config-file … --num-gpus 8 --resume
+  python tools/train_net.py --config-file … --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import sys
+
+import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from mask2former_plugin.checkpoint import Checkpointer
+from mask2former_plugin.engine import Trainer, setup
+
+
+def main(args):
+    try:
+        cfg = setup(args)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        # what a user can put right in the config is one sentence, not a traceback
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
