@@ -1,0 +1,1 @@
+"""Data: training mappers, datasets, and the registration of both."""
