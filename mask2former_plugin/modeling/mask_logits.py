@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskLogits:
     """The two factors of the mask logits ``embed[b, q, :] · features[b, :, y, x]`` (Mask2Former, section 3.1).
 
@@ -47,28 +48,36 @@ class MaskLogits:
         """Logits at points, ``[B, Q, P]``.
 
         Args:
-            points: ``[B, P, 2]``, (x, y) in [0, 1] of the image; bilinear with zeros outside, ``align_corners=False``.
+            points: ``[B, P, 2]``, (x, y) in [0, 1] of the image; bilinear with zeros outside, ``align_corners=False``. The features are
+                sampled in at least float32, because half precision cannot tell neighbouring pixels of a large map apart.
         """
-        grid = 2.0 * points.to(self.features.dtype) - 1.0
-        sampled = F.grid_sample(self.features, grid.unsqueeze(2), align_corners=False).squeeze(3)
-        return self.embed @ sampled
+        features = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
+        grid = 2.0 * points.to(features.dtype) - 1.0
+        sampled = F.grid_sample(features, grid.unsqueeze(2), align_corners=False).squeeze(3)
+        return self.embed.to(sampled.dtype) @ sampled
 
     def select(self, batch: Tensor, query: Tensor) -> Tensor:
         """Dense logits of N chosen (image, query) pairs, ``[N, H, W]``, in the order given.
 
         Args:
-            batch: ``[N]`` image indices.
+            batch: ``[N]`` image indices; ascending order saves a copy, indices on the CPU save a wait for the device.
             query: ``[N]`` query indices.
         """
         if batch.numel() == 0:
             # an empty result that stays on the graph: every parameter still gets a (zero) gradient without targets
             return (self.embed.sum() + self.features.sum()) * self.embed.new_zeros((0, *self.size))
-        order = torch.argsort(batch, stable=True)
-        counts = torch.bincount(batch, minlength=self.embed.shape[0]).tolist()
-        rows = self.embed[batch[order], query[order]].split(counts)
-        parts = [r @ f.flatten(1) for r, f in zip(rows, self.features) if r.shape[0]]
-        dense = torch.cat(parts)[torch.argsort(order)]
-        return dense.unflatten(1, self.size)
+        images = batch.tolist()
+        order = sorted(range(len(images)), key=images.__getitem__)
+        rearranged = order != list(range(len(images)))
+        rows = self.embed[batch, query]
+        if rearranged:
+            rows = rows[order]
+        counts = [images.count(image) for image in range(self.embed.shape[0])]
+        parts = [r @ f.flatten(1) for r, f in zip(rows.split(counts), self.features) if r.shape[0]]
+        dense = torch.cat(parts).unflatten(1, self.size)
+        if rearranged:
+            dense = dense[sorted(range(len(order)), key=order.__getitem__)]
+        return dense
 
 
 class MaskPrediction(dict):
@@ -82,3 +91,12 @@ class MaskPrediction(dict):
             self[key] = self["mask_logits"].dense()
             return self[key]
         raise KeyError(key)
+
+
+def mask_logits_of(prediction: Mapping) -> MaskLogits:
+    """The mask logits of a prediction; those of a decoder that only gives dense ``pred_masks`` become the factors identity · masks."""
+    if "mask_logits" in prediction:
+        return prediction["mask_logits"]
+    masks = prediction["pred_masks"]
+    identity = torch.eye(masks.shape[1], dtype=masks.dtype, device=masks.device)
+    return MaskLogits(identity.expand(masks.shape[0], -1, -1), masks)
