@@ -185,8 +185,9 @@ def differing_keys(first: CfgNode, second: CfgNode) -> list[str]:
 
 def _equal(one: Any, other: Any) -> bool:
     # a tuple comes back from a dumped YAML as a list
-    as_list = [list(value) if isinstance(value, tuple) else value for value in (one, other)]
-    return as_list[0] == as_list[1]
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
 
 
 def _merge_overrides(cfg: CfgNode, opts: list[str]) -> None:

@@ -1,0 +1,84 @@
+"""Parameter groups, whole-model clipping and the optimizers they belong to."""
+
+import pytest
+import torch
+from torch import nn
+
+from mask2former_plugin.config import load_config
+from mask2former_plugin.solver import build_optimizer, parameter_groups
+
+
+class TinyModel(nn.Module):
+    """One parameter of each kind that the rules know."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.conv = nn.Conv2d(3, 4, 1)
+        self.backbone.norm = nn.LayerNorm(4)
+        self.backbone.relative_position_bias_table = nn.Parameter(torch.zeros(3))
+        self.head = nn.Linear(4, 2)
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.query = nn.Embedding(5, 4)
+        self.level_embed = nn.Parameter(torch.zeros(3, 4))
+        self.shared = self.head
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def config(*opts):
+    base = ["SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.05", "SOLVER.WEIGHT_DECAY_NORM", "0.01", "SOLVER.WEIGHT_DECAY_EMBED", "0.02"]
+    return load_config(opts=[*base, *opts])
+
+
+def test_groups_follow_the_published_rules():
+    model = TinyModel()
+    groups = parameter_groups(model, config())
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    low = 0.1 * 0.1
+    expected = {
+        model.backbone.conv.weight: (low, 0.05),
+        model.backbone.conv.bias: (low, 0.05),
+        model.backbone.norm.weight: (low, 0.01),
+        model.backbone.norm.bias: (low, 0.01),
+        # a direct parameter of the module called backbone
+        model.backbone.relative_position_bias_table: (low, 0.0),
+        model.head.weight: (0.1, 0.05),
+        model.head.bias: (0.1, 0.05),
+        model.group_norm.weight: (0.1, 0.01),
+        model.group_norm.bias: (0.1, 0.01),
+        model.query.weight: (0.1, 0.02),
+        model.level_embed: (0.1, 0.05),
+    }
+    assert found == {id(p): value for p, value in expected.items()}
+    assert len(groups) == len(set(expected.values()))
+
+
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+def test_whole_model_clipping_equals_clipping_by_hand(name):
+    opts = ["SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
+    clipped, plain = TinyModel().double(), TinyModel().double()
+    plain.load_state_dict(clipped.state_dict())
+    first = build_optimizer(config(*opts, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.5"), clipped)
+    second = build_optimizer(config("SOLVER.OPTIMIZER", name), plain)
+    for _ in range(3):
+        gradients = [torch.randn_like(p) for p in clipped.parameters() if p.requires_grad]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > 0.5
+        for model, factor in ((clipped, 1.0), (plain, 0.5 / (norm + 1e-6))):
+            for p, g in zip((p for p in model.parameters() if p.requires_grad), gradients):
+                p.grad = g * factor
+        first.step()
+        second.step()
+    # float64; only the order of multiplications differs
+    for p, q in zip(clipped.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER.*ADAMW, SGD.*'LION'"):
+        build_optimizer(config("SOLVER.OPTIMIZER", "LION"), TinyModel())
+
+
+def test_full_model_clipping_of_zero_means_none():
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"]
+    assert type(build_optimizer(config(*opts), TinyModel())) is torch.optim.AdamW
