@@ -1,0 +1,70 @@
+"""Multi-head attention on fused scaled-dot-product attention, with the parameter names of ``nn.MultiheadAttention``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Batch-first multi-head attention that never builds the attention matrix where the device can avoid it.
+
+    Computes what ``nn.MultiheadAttention`` computes, from the same parameters (``in_proj_weight``, ``in_proj_bias``, ``out_proj``).
+    The boolean mask is shared by the heads and says where a query may look.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        """
+        Args:
+            embed_dim: channels of queries, keys, values and output.
+            num_heads: number of heads; must divide ``embed_dim``.
+            dropout: probability of dropping an attention weight during training.
+
+        Raises:
+            ValueError: ``num_heads`` does not divide ``embed_dim``.
+        """
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"the attention width {embed_dim} must be a multiple of the number of heads {num_heads}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights, zero biases."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.in_proj_bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            query: ``[B, Q, C]``.
+            key: ``[B, S, C]``; pass the very same tensor as ``query`` for self-attention, it saves a product.
+            value: ``[B, S, C]``.
+            allowed: bool, ``[B, 1, Q, S]``: True where the query may attend. A row without True gives no defined output.
+
+        Returns:
+            ``[B, Q, C]``.
+        """
+        width = self.embed_dim
+        if query is key:
+            q, k = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, dim=2)
+        else:
+            q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
+            k = F.linear(key, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
+        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"

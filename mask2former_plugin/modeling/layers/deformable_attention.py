@@ -1,0 +1,94 @@
+"""Multi-scale deformable self-attention (Deformable DETR, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mask2former_plugin.modeling.ops import ms_deform_attn
+
+
+def reference_points(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Centres of all pixels of all levels, (x, y) in (0, 1), ``[S, 2]``, level after level, row by row."""
+    levels = []
+    for height, width in spatial_shapes:
+        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+        levels.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=2).flatten(0, 1))
+    return torch.cat(levels)
+
+
+def _level_sizes(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(width, height) of each level, ``[L, 2]``; filled on the device, since a copy from the host would wait for it."""
+    numbers = [torch.full((1,), n, device=device, dtype=dtype) for height, width in spatial_shapes for n in (width, height)]
+    return torch.cat(numbers).unflatten(0, (-1, 2))
+
+
+class MSDeformAttn(nn.Module):
+    """Each token samples a few points of every level around its own place and sums them with learned weights."""
+
+    def __init__(self, embed_dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
+        """
+        Args:
+            embed_dim: channels of the tokens.
+            num_levels: number of feature maps.
+            num_heads: number of heads; must divide ``embed_dim``.
+            num_points: sampling points per head and level.
+
+        Raises:
+            ValueError: ``num_heads`` does not divide ``embed_dim``.
+        """
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"the attention width {embed_dim} must be a multiple of the number of heads {num_heads}")
+        self.num_levels = num_levels
+        self.num_heads = num_heads
+        self.num_points = num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """At the start head h looks into direction 2πh/heads, its p-th point p + 1 pixels away, all points with equal weight."""
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=1)
+        directions = directions / directions.abs().amax(dim=1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None, :] * distances[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+
+    def forward(
+        self, query: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            query: ``[B, T, C]``.
+            value: ``[B, S, C]``, the tokens of all levels.
+            spatial_shapes: (height, width) of each level, Python integers.
+            points: ``[T, 2]``, place of each query, (x, y) in [0, 1], at least float32: half precision cannot tell neighbouring pixels
+                of a large map apart.
+
+        Returns:
+            ``[B, T, C]``.
+        """
+        samples = (self.num_heads, self.num_levels, self.num_points)
+        values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
+        offsets = self.sampling_offsets(query).unflatten(2, (*samples, 2)).to(points.dtype)
+        weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(dim=3, dtype=points.dtype)
+        sizes = _level_sizes(spatial_shapes, device=query.device, dtype=points.dtype)
+        locations = points[:, None, None, None] + offsets / sizes[:, None]
+        attended = ms_deform_attn(values, spatial_shapes, locations, weights.unflatten(3, samples[1:]))
+        return self.output_proj(attended)
