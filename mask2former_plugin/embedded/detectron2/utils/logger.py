@@ -44,6 +44,17 @@ class _Formatter(logging.Formatter):
         return line
 
 
+class _StdoutHandler(logging.StreamHandler):
+    """Writes to what ``sys.stdout`` is at that moment, which notebooks and tests replace."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+
 def setup_logger(
     output: str | None = None,
     distributed_rank: int = 0,
@@ -71,10 +82,9 @@ def setup_logger(
     logger.propagate = enable_propagation
     if abbrev_name is None:
         abbrev_name = "d2" if name == "detectron2" else name
-    if configure_stdout and distributed_rank == 0 and not any(
-        getattr(handler, "stream", None) is sys.stdout for handler in logger.handlers
-    ):
-        handler = logging.StreamHandler(sys.stdout)
+    has_terminal = any(isinstance(handler, _StdoutHandler) for handler in logger.handlers)
+    if configure_stdout and distributed_rank == 0 and not has_terminal:
+        handler = _StdoutHandler()
         handler.setFormatter(_Formatter(name, abbrev_name, color))
         logger.addHandler(handler)
     if output is not None:
