@@ -280,7 +280,7 @@ class LRScheduler(HookBase):
 
     @staticmethod
     def get_best_param_group_id(optimizer: Optimizer) -> int:
-        """Index of the group whose rate stands for all: the largest, or one of the commonest rate if all have size 1."""
+        """Index of the group whose rate is logged: the largest one, or one of the commonest rate if all have size 1."""
         groups = optimizer.param_groups
         sizes = [len(group["params"]) for group in groups]
         if max(sizes) > 1:
