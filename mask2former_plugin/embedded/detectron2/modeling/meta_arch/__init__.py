@@ -1,0 +1,20 @@
+"""Meta architectures: the registry of models, and the per-pixel semantic segmentor."""
+
+from detectron2.modeling.meta_arch.build import META_ARCH_REGISTRY, build_model
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
+from detectron2.modeling.meta_arch.semantic_seg import (
+    SEM_SEG_HEADS_REGISTRY,
+    SemanticSegmentor,
+    SemSegFPNHead,
+    build_sem_seg_head,
+)
+
+__all__ = [
+    "META_ARCH_REGISTRY",
+    "SEM_SEG_HEADS_REGISTRY",
+    "GeneralizedRCNN",
+    "SemSegFPNHead",
+    "SemanticSegmentor",
+    "build_model",
+    "build_sem_seg_head",
+]
