@@ -203,7 +203,8 @@ def transform_segmentation(
         _check_size("RLE mask of", image_file, segmentation["size"], image_size, image_file)
         if isinstance(segmentation["counts"], list):
             segmentation = mask_util.frPyObjects(dict(segmentation), *image_size)
-        return transforms.apply_segmentation(mask_util.decode(segmentation)).astype(bool)
+        # 1 is the object; what a transform pads segmentations with (255) is not
+        return transforms.apply_segmentation(mask_util.decode(segmentation)) == 1
     # float64: in-place coordinate transforms would cut fractions off integer polygons
     polygons = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
     return [polygon.reshape(-1) for polygon in transforms.apply_polygons(polygons)]
