@@ -302,14 +302,15 @@ class D2SwinTransformer(Backbone):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        blocks = sum(depths)
+        rates = iter(drop_path_rate * number / max(blocks - 1, 1) for number in range(blocks))
         widths = [embed_dim * 2**number for number in range(len(depths))]
         self.layers = nn.ModuleList(
             SwinStage(
                 widths[number],
                 num_heads[number],
                 window_size,
-                rates[number].tolist(),
+                [next(rates) for _ in range(depths[number])],
                 number + 1 < len(depths),
                 mlp_ratio,
                 qkv_bias=qkv_bias,
