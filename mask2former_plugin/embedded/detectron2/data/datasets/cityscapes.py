@@ -133,12 +133,12 @@ def _read_polygons(files: _Files) -> dict:
             continue
         # Corners are pixel indices: shifted to the middle of the pixels and widened by half a pixel, the area covers them.
         outline = shapely.Polygon(np.asarray(obj["polygon"], dtype=np.float64) + 0.5).buffer(0.5, quad_segs=4)
-        hiding = [g for g in in_front if g.intersects(outline)]
-        visible = outline.difference(shapely.union_all(hiding)) if hiding else outline
-        in_front.append(outline)
+        hidden_by, in_front = in_front, [*in_front, outline]
         class_name = name.removesuffix(_GROUP_SUFFIX)
         if class_name not in _CLASS_OF_NAME:
             continue
+        hiding = [g for g in hidden_by if g.intersects(outline)]
+        visible = outline.difference(shapely.union_all(hiding)) if hiding else outline
         parts = [p for p in shapely.get_parts(visible) if isinstance(p, shapely.Polygon) and not p.is_empty]
         if not parts:
             continue

@@ -9,6 +9,7 @@ import sys
 from typing import Sequence
 
 import numpy as np
+import torch
 from fvcore.transforms.transform import (
     BlendTransform,
     CropTransform,
@@ -129,13 +130,9 @@ class ResizeShortestEdge(Augmentation):
         interp: Pillow resampling.
     """
 
-    def __init__(
-        self,
-        short_edge_length: int | Sequence[int],
-        max_size: int = sys.maxsize,
-        sample_style: str = "range",
-        interp: int = BILINEAR,
-    ):
+    # torch.jit.unused and the missing type hints: torch.jit.script looks at the whole class when code calls get_output_shape
+    @torch.jit.unused
+    def __init__(self, short_edge_length, max_size=sys.maxsize, sample_style="range", interp=BILINEAR):
         _check_choice("sample_style", sample_style, ("range", "choice"))
         if isinstance(short_edge_length, int):
             short_edge_length = (short_edge_length, short_edge_length)
@@ -145,7 +142,8 @@ class ResizeShortestEdge(Augmentation):
             )
         self._init(locals())
 
-    def get_transform(self, image: np.ndarray) -> Transform:
+    @torch.jit.unused
+    def get_transform(self, image):
         if self.sample_style == "range":
             length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
         else:
@@ -328,10 +326,10 @@ class RandomCrop_CategoryAreaConstraint(Augmentation):
 
 
 class RandomExtent(Augmentation):
-    """Cut out a rectangle of random scale and place, which may reach outside, and resize it to the size of the image.
+    """Cut out a rectangle of random size and place, which may reach outside of the image.
 
     Args:
-        scale_range: (low, high) of the side of the rectangle, as share of the image's.
+        scale_range: (low, high) of the sides of the rectangle, as share of the image's.
         shift_range: (x, y) largest shift of the middle, as share of the image's sides; half of it to either side.
     """
 
@@ -344,10 +342,8 @@ class RandomExtent(Augmentation):
         shift = np.array([limit * (np.random.rand() - 0.5) for limit in self.shift_range])
         middle = size * (0.5 + shift)
         half = size * scale / 2
-        return ExtentTransform(
-            src_rect=(*(middle - half), *(middle + half)),
-            output_size=(image.shape[0], image.shape[1]),
-        )
+        x0, y0, x1, y1 = (*(middle - half), *(middle + half))
+        return ExtentTransform(src_rect=(x0, y0, x1, y1), output_size=(int(y1 - y0), int(x1 - x0)))
 
 
 class RandomRotation(Augmentation):
@@ -492,28 +488,31 @@ class MinIoURandomCrop(Augmentation):
             if minimum == 1:
                 return NoOpTransform()
             for _ in range(self.crop_trials):
-                rect = self._draw_rectangle(*image.shape[:2])
-                if rect is not None and self._accepts(rect, boxes, minimum):
-                    x0, y0, x1, y1 = rect
-                    return CropTransform(x0, y0, x1 - x0, y1 - y0)
+                window = self._draw_window(*image.shape[:2])
+                if window is not None and self._accepts(window, boxes, minimum):
+                    x0, y0, width, height = window
+                    return CropTransform(int(x0), int(y0), int(width), int(height))
         return NoOpTransform()
 
-    def _draw_rectangle(self, height: int, width: int) -> tuple[int, int, int, int] | None:
+    def _draw_window(self, height: int, width: int) -> tuple[float, float, float, float] | None:
+        """x0, y0, width, height; None if it is too narrow."""
         crop_width = np.random.uniform(self.min_crop_size * width, width)
         crop_height = np.random.uniform(self.min_crop_size * height, height)
         if not 0.5 <= crop_height / crop_width <= 2:
             return None
         x0 = np.random.uniform(width - crop_width)
         y0 = np.random.uniform(height - crop_height)
-        rect = (int(x0), int(y0), int(x0 + crop_width), int(y0 + crop_height))
-        return rect if rect[2] > rect[0] and rect[3] > rect[1] else None
+        return x0, y0, crop_width, crop_height
 
     @staticmethod
-    def _accepts(rect: tuple[int, int, int, int], boxes: np.ndarray, minimum: float) -> bool:
+    def _accepts(window: tuple[float, float, float, float], boxes: np.ndarray, minimum: float) -> bool:
+        x0, y0, width, height = window
+        rect = (int(x0), int(y0), int(x0 + width), int(y0 + height))
+        if rect[0] == rect[2] or rect[1] == rect[3]:
+            return False
         if len(boxes) == 0:
             return True
-        overlaps = pairwise_iou(Boxes([rect]), Boxes(boxes)).numpy()
-        if overlaps.min() < minimum:
+        if pairwise_iou(Boxes([rect]), Boxes(boxes)).min() < minimum:
             return False
         middles = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (middles > rect[:2]).all(axis=1) & (middles < rect[2:]).all(axis=1)

@@ -104,7 +104,9 @@ class ResizeTransform(Transform):
         if img.dtype == bool:
             return self.apply_image(img.view(np.uint8), Image.Resampling.NEAREST).view(bool)
         if method == Image.Resampling.NEAREST:
-            rows, cols = _torch_nearest_indices(self.h, self.new_h), _torch_nearest_indices(self.w, self.new_w)
+            # torch computes the positions in the type of the values; labels are float64 in published pipelines
+            dtype = torch.float32 if img.dtype == np.float32 else torch.float64
+            rows, cols = (_torch_nearest_indices(*sizes, dtype) for sizes in ((self.h, self.new_h), (self.w, self.new_w)))
             return img[rows[:, None], cols[None, :]]
         return self._interpolate(img, method)
 
@@ -134,9 +136,9 @@ class ResizeTransform(Transform):
         return ResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
 
 
-def _torch_nearest_indices(size: int, new_size: int) -> np.ndarray:
-    """Index of the input that torch's ``nearest`` takes for each output position."""
-    positions = torch.arange(size, dtype=torch.float32)[None, None]
+def _torch_nearest_indices(size: int, new_size: int, dtype: torch.dtype) -> np.ndarray:
+    """Index of the input that torch's ``nearest`` takes for each output position of values of this type."""
+    positions = torch.arange(size, dtype=dtype)[None, None]
     return F.interpolate(positions, new_size, mode="nearest")[0, 0].long().numpy()
 
 
@@ -169,8 +171,10 @@ class RotationTransform(Transform):
 
     def create_rotation_matrix(self, offset: float = 0) -> np.ndarray:
         """Affine matrix of shape (2, 3); ``offset`` is where the top left corner of the image lies on both axes."""
-        center = np.asarray(self.center, dtype=float) + offset
-        matrix = _rotation_matrix(center, self.angle)
+        import cv2
+
+        center = [float(c + offset) for c in self.center]
+        matrix = cv2.getRotationMatrix2D(center, float(self.angle), 1.0)
         if self.expand:
             # where the middle of the image comes to lie, against the middle of the output
             moved = matrix @ np.append(self.middle + offset, 1)
@@ -215,14 +219,6 @@ class RotationTransform(Transform):
         back = RotationTransform(self.bound_h, self.bound_w, -self.angle, True, None, self.interp)
         x0, y0 = (back.bound_w - self.w) // 2, (back.bound_h - self.h) // 2
         return TransformList([back, CropTransform(x0, y0, self.w, self.h)])
-
-
-def _rotation_matrix(center: np.ndarray, angle: float) -> np.ndarray:
-    """Counter-clockwise rotation (y points down) by ``angle`` degrees about ``center``, as affine matrix (2, 3)."""
-    radians = np.deg2rad(angle)
-    cos, sin = np.cos(radians), np.sin(radians)
-    linear = np.array([[cos, sin], [-sin, cos]])
-    return np.column_stack([linear, center - linear @ center])
 
 
 class ColorTransform(Transform):
