@@ -102,7 +102,8 @@ def _arrays_allowed() -> Iterator[None]:
     """Let torch's safe unpickler build numpy arrays and scalars, of either numpy's names."""
     before = torch.serialization.get_safe_globals()
     allowed = [_alias(name, function) for name, function in _array_functions().items()]
-    torch.serialization.add_safe_globals([*allowed, _codecs.encode, np.ndarray, np.dtype, *_DTYPE_CLASSES])
+    plain = [_codecs.encode, np.ndarray, np.dtype, *_DTYPE_CLASSES, frozenset, complex]
+    torch.serialization.add_safe_globals([*allowed, *plain])
     try:
         yield
     finally:
@@ -114,13 +115,18 @@ def _arrays_allowed() -> Iterator[None]:
 
 
 def _read_torch(path: str, file: BinaryIO) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise CheckpointFileError(f"{path} is a TorchScript program, not a checkpoint with weights")
     with _arrays_allowed():
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _read_zipped_torch(path: str, file: BinaryIO) -> Any:
+    if not zipfile.is_zipfile(path):
+        raise pickle.UnpicklingError("its table of contents, which comes last, is missing")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointFileError(f"{path} is a TorchScript program, not a checkpoint with weights")
+    return _read_torch(path, file)
 
 
 def _read_pickle(path: str, file: BinaryIO) -> Any:
@@ -145,7 +151,9 @@ def _choose_reader(path: str, head: bytes, size: int) -> Callable[[str, BinaryIO
         raise CheckpointFileError(f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise CheckpointFileError(f"{path} is a web page, not a checkpoint; its download address was wrong or needs a login")
-    if head.startswith((b"PK\x03\x04", _LEGACY_TORCH_MAGIC)):
+    if head.startswith(b"PK\x03\x04"):
+        return _read_zipped_torch
+    if head.startswith(_LEGACY_TORCH_MAGIC):
         return _read_torch
     if _is_safetensors(head, size):
         return _read_safetensors
@@ -180,15 +188,14 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
             content = reader(path, file)
         except ForbiddenObjectError as error:
             raise ForbiddenObjectError(_forbidden_text(path, str(error))) from None
-        except CheckpointFileError:
-            raise
-        except OSError:
+        except (CheckpointFileError, OSError):
             raise
         except Exception as error:  # damaged data can raise anything; it is reported with its cause
-            forbidden = re.search(r"(?:Unsupported (?:global|class|type|operand)|GLOBAL)[: ]+(?:GLOBAL )?([\w.]+\.\w+)", str(error))
+            forbidden = re.search(r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", str(error))
             if isinstance(error, pickle.UnpicklingError) and forbidden:
                 raise ForbiddenObjectError(_forbidden_text(path, forbidden.group(1))) from error
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _, _, detail = str(error).rpartition("WeightsUnpickler error: ")
+            reason = detail.strip().splitlines()[0] if detail.strip() else type(error).__name__
             raise CheckpointFileError(f"{path} cannot be read; it is damaged or incomplete ({reason})") from error
     if not isinstance(content, dict):
         raise CheckpointFileError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")

@@ -20,14 +20,14 @@ __all__ = [
     "parameter_count_table",
 ]
 
-# element-wise and bookkeeping operations: not worth counting next to products
+# element-wise and bookkeeping operations: not worth counting next to products (batch norm folds into the convolution)
 _IGNORED_OPS = {
     f"aten::{name}"
     for name in (
-        "abs add add_ argmax argsort ceil clamp constant_pad_nd cumsum div div_ eq exp expand_as fill_ floor ge gelu gt le log log2 "
-        "lt masked_fill max maximum mean meshgrid min minimum mul mul_ ne neg nonzero one_hot pad pow prod reciprocal_ relu "
-        "repeat repeat_interleave roll rsub sigmoid sigmoid_ sin cos softmax sort split sqrt sub sub_ sum take topk tril triu "
-        "unflatten where zeros_like"
+        "abs add add_ argmax argsort batch_norm ceil clamp constant_pad_nd cumsum div div_ eq exp expand_as fill_ "
+        "floor ge gelu gt le log log2 lt masked_fill max max_pool2d maximum mean meshgrid min minimum mul mul_ ne "
+        "neg nonzero nonzero_numpy one_hot pad pow prod reciprocal relu repeat repeat_interleave roll rsub sigmoid "
+        "sigmoid_ sin cos softmax sort split sqrt sub sub_ sum take topk tril triu unflatten where zeros_like"
     ).split()
 } | {"torchvision::nms", "prim::PythonOp"}
 

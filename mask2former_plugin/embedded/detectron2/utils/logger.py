@@ -23,10 +23,11 @@ _last_time: dict[tuple, float] = {}
 
 
 class _Formatter(logging.Formatter):
-    """Shortens the package's name; in colour, the head is green and warnings stand out."""
+    """Shortens the package's name; in colour (where the terminal has it), the head is green and warnings stand out."""
 
     def __init__(self, name: str, abbreviation: str, color: bool) -> None:
-        head = colored("[%(asctime)s %(name)s]: ", "green", force_color=True) if color else "[%(asctime)s] %(name)s %(levelname)s: "
+        plain = "[%(asctime)s] %(name)s %(levelname)s: "
+        head = colored("[%(asctime)s %(name)s]: ", "green") if color else plain
         super().__init__(head + "%(message)s", datefmt=_DATE)
         self._name = name
         self._abbreviation = abbreviation
@@ -40,7 +41,7 @@ class _Formatter(logging.Formatter):
         record.name = full_name  # other handlers see the same record
         if self._color and record.levelno >= logging.WARNING:
             style = ["blink"] if record.levelno == logging.WARNING else ["blink", "underline"]
-            return colored(record.levelname, "red", attrs=style, force_color=True) + " " + line
+            return colored(record.levelname, "red", attrs=style) + " " + line
         return line
 
 

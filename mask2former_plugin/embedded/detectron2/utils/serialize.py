@@ -7,12 +7,11 @@ from typing import Any
 import cloudpickle
 
 
-def _unpickle(payload: bytes) -> PicklableWrapper:
-    return PicklableWrapper(cloudpickle.loads(payload))
-
-
 class PicklableWrapper:
-    """Makes any object picklable (lambdas and local functions too); calls and attributes go through to the object."""
+    """Makes any object picklable, lambdas and local functions too; unpickling gives the object itself.
+
+    Calls and attributes go through to the object.
+    """
 
     def __init__(self, obj: Any) -> None:
         while isinstance(obj, PicklableWrapper):
@@ -20,7 +19,7 @@ class PicklableWrapper:
         self._obj = obj
 
     def __reduce__(self):
-        return _unpickle, (cloudpickle.dumps(self._obj),)
+        return cloudpickle.loads, (cloudpickle.dumps(self._obj),)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._obj(*args, **kwargs)
