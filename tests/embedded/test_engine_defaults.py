@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -145,6 +146,7 @@ def test_setup_writes_config_and_log(tmp_path):
     written.merge_from_file(f"{cfg.OUTPUT_DIR}/config.yaml")
     assert yaml.safe_load(written.dump()) == yaml.safe_load(cfg.dump())
     log = (tmp_path / "new" / "out" / "log.txt").read_text()
+    log = re.sub(r"\x1b\[[0-9;]*m", "", log)  # without colours
     assert "SEED: 5" in log and "given.yaml" in log
 
 
