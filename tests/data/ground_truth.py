@@ -18,7 +18,9 @@ def ground_truth_outputs(sample, metadata):
     things = [s for s in segments if s["isthing"]]
     instances = Instances(tuple(ids.shape))
     instances.pred_masks = torch.stack([masks[s["id"]] for s in things])
-    boxes = mask_util.toBbox([mask_util.encode(np.asfortranarray(m.numpy().astype(np.uint8))) for m in instances.pred_masks])
+    boxes = mask_util.toBbox(
+        [mask_util.encode(np.asfortranarray(m.numpy().astype(np.uint8))) for m in instances.pred_masks]
+    )
     boxes[:, 2:] += boxes[:, :2]
     instances.pred_boxes = Boxes(torch.from_numpy(boxes).float())
     instances.scores = torch.ones(len(things))
@@ -31,7 +33,10 @@ def ground_truth_outputs(sample, metadata):
 
 def evaluate_ground_truth(name, output_dir, semantic=True):
     metadata = MetadataCatalog.get(name)
-    evaluators = [COCOPanopticEvaluator(name, str(output_dir)), COCOEvaluator(name, distributed=False, output_dir=str(output_dir))]
+    evaluators = [
+        COCOPanopticEvaluator(name, str(output_dir)),
+        COCOEvaluator(name, distributed=False, output_dir=str(output_dir)),
+    ]
     if semantic:
         evaluators.append(SemSegEvaluator(name, distributed=False))
     samples = DatasetCatalog.get(name)

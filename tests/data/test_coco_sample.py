@@ -24,8 +24,7 @@ NAME = "coco_sample"
 @pytest.fixture
 def cfg(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
+    path.write_text(f"""
 DATASETS:
   CUSTOM:
     {NAME}:
@@ -42,8 +41,7 @@ DATASETS:
 MODEL: {{SEM_SEG_HEAD: {{NUM_CLASSES: 133}}}}
 INPUT: {{FORMAT: RGB, MIN_SIZE_TRAIN: [300], IMAGE_SIZE: 512, MIN_SCALE: 1.0, MAX_SCALE: 1.0, DROP_EMPTY_MASKS: True}}
 OUTPUT_DIR: {tmp_path}/output
-"""
-    )
+""")
     cfg = load_config(path)
     register_custom_datasets(cfg)
     yield cfg
@@ -66,7 +64,7 @@ def test_panoptic_mappers(cfg, mapper_name):
     ids = MetadataCatalog.get(NAME).stuff_dataset_id_to_contiguous_id
     cfg.INPUT.DATASET_MAPPER_NAME = mapper_name
     mapper = build_mapper(cfg)
-    for sample, annotation in zip(DatasetCatalog.get(NAME), annotations, strict=True):
+    for sample, annotation in zip(DatasetCatalog.get(NAME), annotations):
         result = mapper(sample)
         segments = [s for s in annotation["segments_info"] if not s["iscrowd"]]
         instances = result["instances"]

@@ -47,7 +47,7 @@ def write(path, array):
     Image.fromarray(array).save(path)
 
 
-# ----------------------------------------------------------------------------------------------------------- semantic_folder
+# ------------------------------------------------------------------------------------------------------ semantic_folder
 
 
 def street(root, names=("a", "city/b", "city/c"), ignore=11):
@@ -58,9 +58,16 @@ def street(root, names=("a", "city/b", "city/c"), ignore=11):
         labels[:4] = ignore
         write(root / f"street/labels/{name}.png", labels)
     (root / "street/classes.json").write_text(
-        json.dumps({"classes": ["sky", "road", "car"], "ignore_label": ignore, "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]})
+        json.dumps(
+            {"classes": ["sky", "road", "car"], "ignore_label": ignore, "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
+        )
     )
-    return {"FORMAT": "semantic_folder", "IMAGES": "street/images", "LABELS": "street/labels", "CLASSES": "street/classes.json"}
+    return {
+        "FORMAT": "semantic_folder",
+        "IMAGES": "street/images",
+        "LABELS": "street/labels",
+        "CLASSES": "street/classes.json",
+    }
 
 
 def test_semantic_folder(root):
@@ -112,7 +119,9 @@ def test_semantic_folder_is_evaluated_by_detectron2(root):
         inputs = mapper(sample)
         labels = np.asarray(Image.open(sample["sem_seg_file_name"])).copy()
         labels[labels == 11] = 2  # ignored, whatever is predicted there
-        evaluator.process([inputs], [{"sem_seg": torch.nn.functional.one_hot(torch.from_numpy(labels).long(), 3).permute(2, 0, 1)}])
+        evaluator.process(
+            [inputs], [{"sem_seg": torch.nn.functional.one_hot(torch.from_numpy(labels).long(), 3).permute(2, 0, 1)}]
+        )
     assert evaluator.evaluate()["sem_seg"]["mIoU"] == pytest.approx(100)
 
 
@@ -135,7 +144,9 @@ def test_files_without_partner_are_named(root):
     register(root, lonely=street(root))
     (root / "street/labels/city/b.png").unlink()
     write(root / "street/labels/z.png", np.zeros((2, 2), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"'lonely': 1 images without a label map \(city/b\) and 1 label maps without an image \(z\)"):
+    with pytest.raises(
+        ValueError, match=r"'lonely': 1 images without a label map \(city/b\) and 1 label maps without an image \(z\)"
+    ):
         DatasetCatalog.get("lonely")
 
 
@@ -154,27 +165,39 @@ def test_no_images(root):
         DatasetCatalog.get("bare")
 
 
-# --------------------------------------------------------------------------------------------------------------- registration
+# --------------------------------------------------------------------------------------------------------- registration
 
 
 def test_registering_again(root):
     options = street(root)
     register(root, again=options)
     register(root, again=options)
-    with pytest.raises(KeyError, match="'again' is already registered with other options .IGNORE_LABEL."):
+    with pytest.raises(ValueError, match="'again' is already registered with other options .IGNORE_LABEL."):
         register(root, again={**options, "IGNORE_LABEL": 3})
-    with pytest.raises(KeyError, match="'coco_2017_val' is already registered by something else"):
+    with pytest.raises(ValueError, match="'coco_2017_val' is already registered by something else"):
         register(root, coco_2017_val=options)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"IMAGES": "street/imagse"}, FileNotFoundError, "'bad': IMAGES 'street/imagse': .*/street/imagse does not exist"),
+        (
+            {"IMAGES": "street/imagse"},
+            FileNotFoundError,
+            "'bad': IMAGES 'street/imagse': .*/street/imagse does not exist",
+        ),
         ({"LABELS": "street/classes.json"}, FileNotFoundError, "LABELS 'street/classes.json': .* is no folder"),
-        ({"CLASSES": "street/names.json"}, FileNotFoundError, "CLASSES 'street/names.json': .*/street/names.json does not exist"),
+        (
+            {"CLASSES": "street/names.json"},
+            FileNotFoundError,
+            "CLASSES 'street/names.json': .*/street/names.json does not exist",
+        ),
         ({"LABEL": "street/labels"}, ValueError, "Unknown option of semantic_folder 'LABEL'. Did you mean 'LABELS'"),
-        ({"FORMAT": "semantic_folders"}, ValueError, "Unknown FORMAT 'semantic_folders'. Did you mean 'semantic_folder'"),
+        (
+            {"FORMAT": "semantic_folders"},
+            ValueError,
+            "Unknown FORMAT 'semantic_folders'. Did you mean 'semantic_folder'",
+        ),
         ({"FORMAT": None}, ValueError, "'bad': Unknown FORMAT None"),
         ({"LABELS": None}, ValueError, "'bad': semantic_folder needs LABELS"),
         ({"IGNORE_LABEL": "none"}, ValueError, "IGNORE_LABEL must be int, got 'none'"),
@@ -192,7 +215,9 @@ def test_wrong_options(root, change, error, message):
 
 
 def test_missing_format_and_plain_value(root):
-    with pytest.raises(ValueError, match="'bad': FORMAT is missing; it is one of semantic_folder, coco_instances, coco_panoptic"):
+    with pytest.raises(
+        ValueError, match="'bad': FORMAT is missing; it is one of semantic_folder, coco_instances, coco_panoptic"
+    ):
         register(root, bad={"IMAGES": "x"})
     cfg = config(root)
     cfg.DATASETS.CUSTOM = CfgNode({"bad": "street"}, new_allowed=True)
@@ -207,7 +232,7 @@ def test_broken_json(root):
         register(root, bad=options)
 
 
-# ------------------------------------------------------------------------------------------------------- COCO, both formats
+# --------------------------------------------------------------------------------------------------- COCO, both formats
 
 CATEGORIES = [
     {"id": 40, "name": "grass", "isthing": 0, "color": [0, 200, 0]},
@@ -235,20 +260,26 @@ def zoo(root, all_categories=True, first_id=1):
             columns = slice(2, 28) if corner % 2 else slice(30, 59)
             ids[rows, columns] = segment_id = 1000 * index + 257 * (corner + 1)
             semantic[rows, columns] = CONTIGUOUS[category]
-            segments.append({"id": segment_id, "category_id": category, "iscrowd": 0, "area": int((ids == segment_id).sum())})
+            segments.append(
+                {"id": segment_id, "category_id": category, "iscrowd": 0, "area": int((ids == segment_id).sum())}
+            )
             if category in (7, 9):
                 rle = mask_util.encode(np.asfortranarray((ids == segment_id).astype(np.uint8)))
                 box = mask_util.toBbox(rle).tolist()
                 rle["counts"] = rle["counts"].decode()
                 common = {"image_id": index, "category_id": category, "iscrowd": 0, "bbox": box}
-                instances.append({**common, "id": len(instances) + first_id, "segmentation": rle, "area": segments[-1]["area"]})
+                instances.append(
+                    {**common, "id": len(instances) + first_id, "segmentation": rle, "area": segments[-1]["area"]}
+                )
         rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
         write(root / f"zoo/panoptic/{name}.png", rgb)
         write(root / f"zoo/semantic/{name}.png", semantic)
         panoptic.append({"image_id": index, "file_name": f"{name}.png", "segments_info": segments})
     categories = CATEGORIES if all_categories else [c for c in CATEGORIES if c["isthing"]]
     for name, content, listed in (("panoptic", panoptic, CATEGORIES), ("instances", instances, categories)):
-        (root / f"zoo/{name}.json").write_text(json.dumps({"images": images, "annotations": content, "categories": listed}))
+        (root / f"zoo/{name}.json").write_text(
+            json.dumps({"images": images, "annotations": content, "categories": listed})
+        )
     return {
         "FORMAT": "coco_panoptic",
         "IMAGES": "zoo/images",
@@ -276,7 +307,12 @@ def test_coco_panoptic(root):
     assert (first["height"], first["width"]) == (44, 60)
     assert first["pan_seg_file_name"] == str(root / "zoo/panoptic/0001.png")
     assert first["sem_seg_file_name"] == str(root / "zoo/semantic/0001.png")
-    assert [(s["category_id"], s["isthing"]) for s in first["segments_info"]] == [(0, True), (1, True), (2, False), (3, False)]
+    assert [(s["category_id"], s["isthing"]) for s in first["segments_info"]] == [
+        (0, True),
+        (1, True),
+        (2, False),
+        (3, False),
+    ]
 
 
 def test_coco_panoptic_without_the_optional_parts(root):
@@ -301,7 +337,7 @@ def test_instances_that_list_stuff_categories_are_filtered(root):
 
 @pytest.mark.parametrize(("all_categories", "first_id"), [(True, 1), (False, 1), (False, 0)])
 def test_ground_truth_as_prediction_is_perfect(root, all_categories, first_id):
-    """Also with stuff categories in the instance JSON, and with an annotation of the id 0, which pycocotools calls missed."""
+    """Also with stuff categories in the instance JSON, and with an annotation id 0, which pycocotools calls missed."""
     register(root, zoo_val=zoo(root, all_categories, first_id))
     results = evaluate_ground_truth("zoo_val", root / "evaluation")
     panoptic = results["panoptic_seg"]
@@ -310,7 +346,9 @@ def test_ground_truth_as_prediction_is_perfect(root, all_categories, first_id):
     assert results["sem_seg"]["mIoU"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("mapper_name", ["mask_former_panoptic", "coco_panoptic_lsj", "detr_panoptic", "mask_former_semantic"])
+@pytest.mark.parametrize(
+    "mapper_name", ["mask_former_panoptic", "coco_panoptic_lsj", "detr_panoptic", "mask_former_semantic"]
+)
 def test_coco_panoptic_goes_through_the_mappers(root, mapper_name):
     cfg = register(root, zoo_train=zoo(root))
     cfg.DATASETS.TRAIN = ("zoo_train",)
@@ -324,7 +362,9 @@ def test_coco_panoptic_goes_through_the_mappers(root, mapper_name):
 
 def test_coco_instances(root):
     zoo(root, all_categories=False)
-    cfg = register(root, zoo_instances={"FORMAT": "coco_instances", "IMAGES": "zoo/images", "JSON": "zoo/instances.json"})
+    cfg = register(
+        root, zoo_instances={"FORMAT": "coco_instances", "IMAGES": "zoo/images", "JSON": "zoo/instances.json"}
+    )
     metadata = MetadataCatalog.get("zoo_instances")
     assert metadata.thing_classes == ["dog", "cat"] and metadata.evaluator_type == "coco"
     samples = DatasetCatalog.get("zoo_instances")
@@ -345,7 +385,9 @@ def test_coco_instances_ground_truth_is_perfect(root, first_id):
     evaluator.reset()
     for sample in DatasetCatalog.get("zoo_instances"):
         instances = Instances((sample["height"], sample["width"]))
-        instances.pred_masks = torch.from_numpy(np.stack([mask_util.decode(a["segmentation"]) for a in sample["annotations"]]))
+        instances.pred_masks = torch.from_numpy(
+            np.stack([mask_util.decode(a["segmentation"]) for a in sample["annotations"]])
+        )
         instances.pred_boxes = Boxes(torch.zeros(2, 4))
         instances.scores = torch.ones(2)
         instances.pred_classes = torch.tensor([a["category_id"] for a in sample["annotations"]])
@@ -360,7 +402,9 @@ def test_panoptic_json_errors(root):
     content["annotations"][0]["segments_info"][0]["category_id"] = 55
     path.write_text(json.dumps(content))
     register(root, unknown_category=options)
-    with pytest.raises(ValueError, match="panoptic.json, 0001.png: segment 1257 has category_id 55, which is none of the 4"):
+    with pytest.raises(
+        ValueError, match="panoptic.json, 0001.png: segment 1257 has category_id 55, which is none of the 4"
+    ):
         DatasetCatalog.get("unknown_category")
     content["annotations"][0]["image_id"] = 77
     path.write_text(json.dumps(content))
@@ -383,13 +427,15 @@ def test_panoptic_files_missing(root):
         DatasetCatalog.get("zoo_val")
 
 
-# -------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def test_number_of_classes_is_checked(root):
     cfg = register(root, street_train=street(root), zoo_val=zoo(root))
     cfg.DATASETS.TRAIN, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = ("street_train",), 19
-    with pytest.raises(ValueError, match="NUM_CLASSES is 19, but dataset 'street_train' of DATASETS.TRAIN has 3 classes"):
+    with pytest.raises(
+        ValueError, match="NUM_CLASSES is 19, but dataset 'street_train' of DATASETS.TRAIN has 3 classes"
+    ):
         check_num_classes(cfg)
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
     check_num_classes(cfg)

@@ -56,7 +56,7 @@ def flip_if(mask, flipped):
     return mask[:, ::-1] if flipped else mask
 
 
-# ----------------------------------------------------------------------------------------------------------- choice by name
+# ------------------------------------------------------------------------------------------------------- choice by name
 
 
 def test_every_published_name_builds_its_class(cfg):
@@ -72,7 +72,9 @@ def test_every_published_name_builds_its_class(cfg):
 
 
 def test_unknown_name_lists_the_nearest_first(cfg):
-    with pytest.raises(ValueError, match="Did you mean 'mask_former_panoptic'.*Known: mask_former_panoptic, .*detr_panoptic"):
+    with pytest.raises(
+        ValueError, match="Did you mean 'mask_former_panoptic'.*Known: mask_former_panoptic, .*detr_panoptic"
+    ):
         build(cfg, "maskformer_panoptic")
 
 
@@ -81,7 +83,7 @@ def test_evaluation_is_refused(cfg):
         MAPPERS[LSJ_PANOPTIC](cfg, False)
 
 
-# ------------------------------------------------------------------------------------------- results of the same random draws
+# ------------------------------------------------------------------------------------- results of the same random draws
 
 
 @pytest.mark.parametrize("size_divisibility", [-1, 120])
@@ -98,9 +100,13 @@ def test_semantic_equals_reference(cfg, scene, crop, size_divisibility):
         short = np.random.choice((48, 60))
         height, width = T.ResizeShortestEdge.get_output_shape(scene.height, scene.width, short, 100)
         image = np.asarray(Image.fromarray(scene.image).resize((width, height), Image.BILINEAR))
-        labels = torch.nn.functional.interpolate(
-            torch.from_numpy(scene.labels)[None, None].double(), (height, width), mode="nearest"
-        )[0, 0].long().numpy()
+        labels = (
+            torch.nn.functional.interpolate(
+                torch.from_numpy(scene.labels)[None, None].double(), (height, width), mode="nearest"
+            )[0, 0]
+            .long()
+            .numpy()
+        )
         if crop:
             y, x = np.random.randint(height - 30 + 1), np.random.randint(width - 36 + 1)
             image, labels = image[y : y + 30, x : x + 36], labels[y : y + 30, x : x + 36]
@@ -158,12 +164,18 @@ def test_large_scale_jitter_equals_reference(cfg, scene, name):
                 points = points.clip(0, 64)  # the regions are axis-aligned: clipping is intersecting
                 if np.ptp(points, axis=0).min() > 1e-5:
                     boxes.append([*points.min(0), *points.max(0)])
-                    masks.append(mask_util.decode(mask_util.merge(mask_util.frPyObjects([points.ravel().tolist()], 64, 64))))
+                    masks.append(
+                        mask_util.decode(mask_util.merge(mask_util.frPyObjects([points.ravel().tolist()], 64, 64)))
+                    )
             np.testing.assert_allclose(instances.gt_boxes.tensor.numpy(), np.reshape(boxes, (-1, 4)), atol=1e-4)
             np.testing.assert_array_equal(instances.gt_masks.numpy(), np.reshape(masks, (-1, 64, 64)))
         else:
             for mask, got, box in zip(scene.masks(), instances.gt_masks.numpy(), instances.gt_boxes.tensor.tolist()):
-                small = Image.fromarray(np.ascontiguousarray(flip_if(mask, flip))).convert("L").resize((width, height), Image.NEAREST)
+                small = (
+                    Image.fromarray(np.ascontiguousarray(flip_if(mask, flip)))
+                    .convert("L")
+                    .resize((width, height), Image.NEAREST)
+                )
                 want = np.zeros((64, 64), dtype=bool)
                 want[: valid[0], : valid[1]] = (np.asarray(small) > 0)[top : top + 64, left : left + 64]
                 np.testing.assert_array_equal(got, want)
@@ -183,7 +195,7 @@ def test_detr_crops_when_the_draw_is_at_most_one_half(cfg, scene):
         assert mapper._draw_list() == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------- targets
+# -------------------------------------------------------------------------------------------------------------- targets
 
 
 @pytest.mark.parametrize("name", [PANOPTIC, LSJ_PANOPTIC, DETR])
@@ -243,7 +255,9 @@ def test_mixed_kinds_and_scaled_integer_polygons(cfg, scene, name):
     areas = [mask.sum() * 1.5**2 for mask in scene.masks()]
     np.testing.assert_allclose(masks.flatten(1).sum(1).numpy(), areas, rtol=0.04)
     if name == LSJ_INSTANCE:
-        assert 1.5 * (25 - 3) in result["instances"].gt_boxes.tensor[:, 2].sub(result["instances"].gt_boxes.tensor[:, 0])
+        assert 1.5 * (25 - 3) in result["instances"].gt_boxes.tensor[:, 2].sub(
+            result["instances"].gt_boxes.tensor[:, 0]
+        )
 
 
 @pytest.mark.parametrize("name", list(MAPPERS))
@@ -256,7 +270,7 @@ def test_input_dict_stays_unchanged(cfg, scene, name):
     assert not {"annotations", "sem_seg_file_name", "pan_seg_file_name"} & set(result) or name in (LSJ_PANOPTIC, DETR)
 
 
-# ------------------------------------------------------------------------------------------------------------- empty and lost
+# ------------------------------------------------------------------------------------------------------- empty and lost
 
 
 @pytest.mark.parametrize("annotations", ["none", "crowds"])
@@ -294,7 +308,9 @@ def test_targets_emptied_by_a_crop(cfg, scene, name):
         dropped = dropping(sample_for(scene, name))["instances"]
         assert kept.gt_classes.tolist() == [1, 3, 1]  # published: empty masks stay
         full = kept.gt_masks.flatten(1).any(1)
-        assert torch.equal(dropped.gt_masks, kept.gt_masks[full]) and torch.equal(dropped.gt_classes, kept.gt_classes[full])
+        assert torch.equal(dropped.gt_masks, kept.gt_masks[full]) and torch.equal(
+            dropped.gt_classes, kept.gt_classes[full]
+        )
         emptied += int((~full).sum())
     assert emptied > 0
 
@@ -312,7 +328,7 @@ def test_lsj_instance_drops_what_the_crop_has_removed(cfg, scene, kind):
     assert min(counts) < 3
 
 
-# ------------------------------------------------------------------------------------------------------------ labels and errors
+# ---------------------------------------------------------------------------------------------------- labels and errors
 
 
 def test_sixteen_bit_labels(cfg, scene):
@@ -342,7 +358,9 @@ def test_palette_labels_are_indices(cfg, scene):
 
 def test_label_outside_the_classes(cfg, scene):
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
-    with pytest.raises(ValueError, match=r"labels\.png contains class id 5, but there are 4 classes .*ignore label is 255"):
+    with pytest.raises(
+        ValueError, match=r"labels\.png contains class id 5, but there are 4 classes .*ignore label is 255"
+    ):
         build(cfg, SEMANTIC)(scene.semantic())
     for name in (LSJ_PANOPTIC, LSJ_INSTANCE, INSTANCE, DETR):
         sample = sample_for(scene, name)
@@ -410,7 +428,9 @@ def test_annotation_without_segmentation(cfg, scene):
 @pytest.mark.parametrize("name", [SEMANTIC, PANOPTIC, INSTANCE])
 def test_image_larger_than_the_square_is_not_cropped_silently(cfg, scene, name):
     cfg.INPUT.SIZE_DIVISIBILITY = 50
-    with pytest.raises(ValueError, match=r"image\.png is \d+x\d+ after the augmentations.*raise INPUT.SIZE_DIVISIBILITY"):
+    with pytest.raises(
+        ValueError, match=r"image\.png is \d+x\d+ after the augmentations.*raise INPUT.SIZE_DIVISIBILITY"
+    ):
         build(cfg, name)(sample_for(scene, name))
 
 

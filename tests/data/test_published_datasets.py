@@ -58,7 +58,11 @@ def test_names_and_ids():
 
     vistas = MetadataCatalog.get("mapillary_vistas_panoptic_val")
     assert vistas.stuff_dataset_id_to_contiguous_id == {i + 1: i for i in range(65)}
-    assert (vistas.stuff_classes[19], vistas.stuff_classes[27], vistas.stuff_classes[64]) == ("Person", "Sky", "Ego Vehicle")
+    assert (vistas.stuff_classes[19], vistas.stuff_classes[27], vistas.stuff_classes[64]) == (
+        "Person",
+        "Sky",
+        "Ego Vehicle",
+    )
     assert vistas.thing_dataset_id_to_contiguous_id[20] == 19 and 28 not in vistas.thing_dataset_id_to_contiguous_id
 
 
@@ -107,11 +111,15 @@ def write(path, array=None):
          "ADE20K_2021_17_01/annotations_detectron2/validation/x.tif"),
         ("coco_2017_test_stuff_10k_sem_seg", "coco/coco_stuff_10k/images_detectron2/test/x.jpg",
          "coco/coco_stuff_10k/annotations_detectron2/test/x.png"),
-        ("mapillary_vistas_sem_seg_train", "mapillary_vistas/training/images/x.jpg", "mapillary_vistas/training/labels/x.png"),
+        ("mapillary_vistas_sem_seg_train", "mapillary_vistas/training/images/x.jpg",
+         "mapillary_vistas/training/labels/x.png"),
     ],
 )  # fmt: skip
 def test_semantic_layouts(root, name, image, label):
-    sample = {"file_name": write(root / image), "sem_seg_file_name": write(root / label, np.zeros((4, 4), dtype=np.uint16))}
+    sample = {
+        "file_name": write(root / image),
+        "sem_seg_file_name": write(root / label, np.zeros((4, 4), dtype=np.uint16)),
+    }
     assert DatasetCatalog.get(name) == [sample]
 
 
@@ -121,7 +129,8 @@ def test_semantic_layouts(root, name, image, label):
         ("coco_2017_val_panoptic_with_sem_seg", "coco/val2017", "coco/panoptic_val2017",
          "coco/annotations/panoptic_val2017.json", "coco/panoptic_semseg_val2017", 92, 80, False),
         ("ade20k_panoptic_train", "ADEChallengeData2016/images/training", "ADEChallengeData2016/ade20k_panoptic_train",
-         "ADEChallengeData2016/ade20k_panoptic_train.json", "ADEChallengeData2016/annotations_detectron2/training", 8, 8, True),
+         "ADEChallengeData2016/ade20k_panoptic_train.json", "ADEChallengeData2016/annotations_detectron2/training",
+         8, 8, True),
         ("mapillary_vistas_panoptic_val", "mapillary_vistas/validation/images", "mapillary_vistas/validation/panoptic",
          "mapillary_vistas/validation/panoptic/panoptic_2018.json", "mapillary_vistas/validation/labels", 20, 19, True),
     ],
@@ -152,7 +161,14 @@ def test_ade20k_instance_layout(root):
         {"id": dataset_id, "name": metadata.thing_classes[index]}
         for dataset_id, index in metadata.thing_dataset_id_to_contiguous_id.items()
     ]
-    annotation = {"id": 1, "image_id": "ADE_val_00000001", "category_id": 12, "iscrowd": 0, "bbox": [0, 0, 2, 2], "area": 4}
+    annotation = {
+        "id": 1,
+        "image_id": "ADE_val_00000001",
+        "category_id": 12,
+        "iscrowd": 0,
+        "bbox": [0, 0, 2, 2],
+        "area": 4,
+    }
     annotation["segmentation"] = [[0, 0, 2, 0, 2, 2, 0, 2]]
     image = {"id": "ADE_val_00000001", "file_name": "ADE_val_00000001.jpg", "height": 4, "width": 4}
     content = {"images": [image], "annotations": [annotation], "categories": categories}

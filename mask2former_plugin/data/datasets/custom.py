@@ -1,16 +1,21 @@
 """The user's own datasets, from the config alone, and checks that model and datasets fit together.
 
-``DATASETS.CUSTOM`` maps a dataset name to its options; the names can then stand in ``DATASETS.TRAIN`` and ``DATASETS.TEST``::
+``DATASETS.CUSTOM`` maps a dataset name to its options; the names can then stand in ``DATASETS.TRAIN`` and ``TEST``::
 
     DATASETS:
       CUSTOM:
-        street_train: {FORMAT: semantic_folder, IMAGES: street/train/images, LABELS: street/train/labels, CLASSES: street/classes.json}
+        street_train:
+          FORMAT: semantic_folder
+          IMAGES: street/train/images
+          LABELS: street/train/labels
+          CLASSES: street/classes.json
       TRAIN: ("street_train",)
 
 Relative paths start at ``$DETECTRON2_DATASETS`` (default ``./datasets``), ``~`` is the home directory. The formats:
 
 ``semantic_folder`` (``evaluator_type`` "sem_seg")
-    ``IMAGES``, ``LABELS``: folders; files belong together by their path without extension. Labels are single-channel PNG or TIFF.
+    ``IMAGES``, ``LABELS``: folders; files belong together by their path without extension. Labels are PNG or TIFF of
+    one channel.
     ``CLASSES``: list of names, or a JSON with that list or with ``{"classes", "ignore_label", "colors"}``.
     Optional: ``IGNORE_LABEL`` (255), ``COLORS`` (RGB lists), ``IMAGE_EXTENSIONS``.
 ``coco_instances`` (``evaluator_type`` "coco")
@@ -100,7 +105,9 @@ class DatasetFormat:
 def _prepare_semantic_folder(options: DatasetOptions, output_dir: Path) -> Prepared:
     image_root, label_root = options.directory("IMAGES"), options.directory("LABELS")
     classes, ignore_label, colors = _read_classes(options)
-    extensions = tuple("." + str(e).lower().lstrip(".") for e in options.get("IMAGE_EXTENSIONS", (list, tuple), IMAGE_EXTENSIONS))
+    extensions = tuple(
+        "." + str(e).lower().lstrip(".") for e in options.get("IMAGE_EXTENSIONS", (list, tuple), IMAGE_EXTENSIONS)
+    )
     metadata = {
         "stuff_classes": classes,
         "stuff_colors": _check_colors(options, colors, len(classes)),
@@ -168,7 +175,9 @@ FORMATS = {
     ),
     "coco_instances": DatasetFormat(("IMAGES", "JSON"), (), _prepare_coco_instances),
     "coco_panoptic": DatasetFormat(
-        ("IMAGES", "PANOPTIC_JSON", "PANOPTIC_ROOT"), ("INSTANCES_JSON", "SEM_SEG_ROOT", "COLORS"), _prepare_coco_panoptic
+        ("IMAGES", "PANOPTIC_JSON", "PANOPTIC_ROOT"),
+        ("INSTANCES_JSON", "SEM_SEG_ROOT", "COLORS"),
+        _prepare_coco_panoptic,
     ),
 }
 
@@ -179,9 +188,8 @@ def register_custom_datasets(cfg: CfgNode) -> None:
     Files are looked for now and read later, except for class names, which come from the JSON at once.
 
     Raises:
-        ValueError: unknown format or option, a missing option, or a value of the wrong kind.
+        ValueError: unknown format or option, a missing option, a value of the wrong kind, or a name that is taken.
         FileNotFoundError: a file or folder does not exist.
-        KeyError: the name is taken by another dataset.
     """
     for name, values in cfg.DATASETS.CUSTOM.items():
         if not isinstance(values, Mapping):
@@ -199,7 +207,7 @@ def _register(name: str, values: dict[str, Any], output_dir: Path) -> None:
             return
         differing = sorted(key for key in {*(known or {}), *identity} if (known or {}).get(key) != identity.get(key))
         how = f"with other options ({', '.join(differing)})" if known else "by something else than DATASETS.CUSTOM"
-        raise KeyError(f"Dataset {name!r} is already registered {how}; choose another name")
+        raise ValueError(f"Dataset {name!r} is already registered {how}; choose another name")
     loader, metadata = dataset_format.prepare(DatasetOptions(name, values), output_dir)
     DatasetCatalog.register(name, loader)
     MetadataCatalog.get(name).set(custom_options=identity, **metadata)
@@ -224,7 +232,7 @@ def _check_options(name: str, values: Mapping[str, Any]) -> DatasetFormat:
 
 def _read_json(options: DatasetOptions, key: str, path: Path, fields: Sequence[str] = ()) -> Any:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"Dataset {options.name!r}: {key} {path} is no JSON: {error}") from error
     for field in fields:
@@ -242,13 +250,18 @@ def _read_classes(options: DatasetOptions) -> tuple[list[str], int, Sequence | N
     fields = content if isinstance(content, dict) else {"classes": content}
     names = fields.get("classes")
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"Dataset {options.name!r}: CLASSES {options.values['CLASSES']!r} must give a list of class names, got {names!r}")
+        raise ValueError(
+            f"Dataset {options.name!r}: CLASSES {options.values['CLASSES']!r} must give a list of class names, "
+            f"got {names!r}"
+        )
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if list(names).count(name) > 1})
         raise ValueError(f"Dataset {options.name!r}: CLASSES names {', '.join(twice)} twice")
     ignore_label = options.get("IGNORE_LABEL", int, fields.get("ignore_label", DEFAULT_IGNORE_LABEL))
     if not isinstance(ignore_label, int):
-        raise ValueError(f"Dataset {options.name!r}: the ignore_label of CLASSES must be a number, got {ignore_label!r}")
+        raise ValueError(
+            f"Dataset {options.name!r}: the ignore_label of CLASSES must be a number, got {ignore_label!r}"
+        )
     return list(names), ignore_label, options.get("COLORS", (list, tuple), fields.get("colors"))
 
 
@@ -264,19 +277,27 @@ def _check_colors(options: DatasetOptions, colors: Sequence | None, count: int) 
 def distinct_colors(count: int) -> list[list[int]]:
     """Fixed RGB colours: hues a golden section apart, two brightnesses."""
     hues = [(index * 0.618034) % 1.0 for index in range(count)]
-    return [[round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65, 0.95 if i % 2 == 0 else 0.7)] for i, hue in enumerate(hues)]
+    return [
+        [round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65, 0.95 if i % 2 == 0 else 0.7)]
+        for i, hue in enumerate(hues)
+    ]
 
 
 def _evaluation_json(
-    options: DatasetOptions, path: Path, content: dict[str, Any], categories: Sequence[Mapping[str, Any]], output_dir: Path
+    options: DatasetOptions,
+    path: Path,
+    content: dict[str, Any],
+    categories: Sequence[Mapping[str, Any]],
+    output_dir: Path,
 ) -> Path:
     """Instance JSON that COCOEvaluator scores right: the given one, or a corrected copy of it in ``OUTPUT_DIR``.
 
-    The evaluator takes all categories of the JSON for classes, while converters from panoptic annotations list stuff too, and
-    pycocotools counts an object with the id 0 as missed.
+    The evaluator takes all categories of the JSON for classes, while converters from panoptic annotations list stuff
+    too, and pycocotools counts an object with the id 0 as missed.
     """
     ids = {category["id"] for category in categories}
-    if {category["id"] for category in content["categories"]} == ids and all(item["id"] for item in content["annotations"]):
+    only_these = {category["id"] for category in content["categories"]} == ids
+    if only_these and all(item["id"] for item in content["annotations"]):
         return path
     annotations = [item for item in content["annotations"] if item["category_id"] in ids]
     text = json.dumps(
@@ -295,7 +316,7 @@ def _evaluation_json(
     return target
 
 
-# -------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def num_dataset_classes(metadata: Metadata) -> int | None:
@@ -306,10 +327,10 @@ def num_dataset_classes(metadata: Metadata) -> int | None:
 
 
 def check_num_classes(cfg: CfgNode) -> None:
-    """Compare ``MODEL.SEM_SEG_HEAD`` with every dataset of ``DATASETS.TRAIN`` and ``DATASETS.TEST``, before the work starts.
+    """Compare ``MODEL.SEM_SEG_HEAD`` with the datasets of ``DATASETS.TRAIN`` and ``TEST``, before the work starts.
 
-    ``NUM_CLASSES`` must be the number of classes. ``IGNORE_VALUE`` must be the ignore label of the training labels where it is
-    used: in the loss of the per-pixel baselines, and for crops with ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA`` below 1.
+    ``NUM_CLASSES`` must be the number of classes. ``IGNORE_VALUE`` must be the ignore label of the training labels
+    where it is used: in the loss of the per-pixel baselines, and for crops with ``SINGLE_CATEGORY_MAX_AREA`` below 1.
 
     Raises:
         ValueError: they differ; the message has both numbers.
@@ -321,7 +342,8 @@ def check_num_classes(cfg: CfgNode) -> None:
             count = num_dataset_classes(MetadataCatalog.get(name))
             if count is not None and count != head.NUM_CLASSES:
                 problems.append(
-                    f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {head.NUM_CLASSES}, but dataset {name!r} of DATASETS.{key} has {count} classes"
+                    f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {head.NUM_CLASSES}, "
+                    f"but dataset {name!r} of DATASETS.{key} has {count} classes"
                 )
     crop = cfg.INPUT.CROP
     if head.NAME.startswith("PerPixel") or (crop.ENABLED and crop.SINGLE_CATEGORY_MAX_AREA < 1.0):
@@ -329,7 +351,8 @@ def check_num_classes(cfg: CfgNode) -> None:
             label = MetadataCatalog.get(name).get("ignore_label")
             if label is not None and label != head.IGNORE_VALUE:
                 problems.append(
-                    f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but the ignore label of dataset {name!r} is {label}"
+                    f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, "
+                    f"but the ignore label of dataset {name!r} is {label}"
                 )
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))

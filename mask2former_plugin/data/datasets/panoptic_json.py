@@ -58,13 +58,13 @@ def load_panoptic_json(
         sem_seg_root: folder of label maps with the names of the panoptic PNGs; None: no ``sem_seg_file_name``.
 
     Returns:
-        Dicts with ``file_name, image_id, pan_seg_file_name, segments_info`` (``category_id`` contiguous, ``isthing``), and
-        ``height``, ``width``, ``sem_seg_file_name`` where known.
+        Dicts with ``file_name, image_id, pan_seg_file_name, segments_info`` (``category_id`` contiguous, ``isthing``),
+        and ``height``, ``width``, ``sem_seg_file_name`` where known.
 
     Raises:
         ValueError: an annotation of an image or category that the JSON does not list, or an image without its file.
     """
-    with open(json_file) as file:
+    with open(json_file, encoding="utf-8") as file:
         content = json.load(file)
     images = {image["id"]: image for image in content["images"]}
     contiguous = {**stuff_ids, **thing_ids}
@@ -72,7 +72,10 @@ def load_panoptic_json(
     for annotation in content["annotations"]:
         image_id = annotation["image_id"]
         if image_id not in images:
-            raise ValueError(f"{json_file}: annotation {annotation['file_name']} is of image {image_id!r}, which 'images' does not list")
+            raise ValueError(
+                f"{json_file}: annotation {annotation['file_name']} is of image {image_id!r}, "
+                "which 'images' does not list"
+            )
         image = images[image_id]
         sample = {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -101,5 +104,8 @@ def _contiguous_segment(
 ) -> dict[str, Any]:
     category = segment["category_id"]
     if category not in contiguous:
-        raise ValueError(f"{source}: segment {segment['id']} has category_id {category}, which is none of the {len(contiguous)} categories")
+        raise ValueError(
+            f"{source}: segment {segment['id']} has category_id {category}, "
+            f"which is none of the {len(contiguous)} categories"
+        )
     return {**segment, "category_id": contiguous[category], "isthing": category in thing_ids}

@@ -25,7 +25,10 @@ def load_semantic_folder(
     if not images:
         raise ValueError(f"Dataset {name!r}: no images ({', '.join(image_extensions)}) in {image_root}")
     problems = []
-    for what, lonely in (("images without a label map", images.keys() - labels), ("label maps without an image", labels.keys() - images)):
+    for what, lonely in (
+        ("images without a label map", images.keys() - labels),
+        ("label maps without an image", labels.keys() - images),
+    ):
         if lonely:
             problems.append(f"{len(lonely)} {what} ({_some(lonely)})")
     if problems:
@@ -40,7 +43,9 @@ def _by_stem(name: str, root: Path, extensions: Collection[str]) -> dict[str, Pa
             continue
         stem = path.relative_to(root).with_suffix("").as_posix()
         if stem in files:
-            raise ValueError(f"Dataset {name!r}: {files[stem]} and {path} have the same name; set IMAGE_EXTENSIONS or remove one")
+            raise ValueError(
+                f"Dataset {name!r}: {files[stem]} and {path} have the same name; set IMAGE_EXTENSIONS or remove one"
+            )
         files[stem] = path
     return files
 

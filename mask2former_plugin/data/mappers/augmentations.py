@@ -35,7 +35,7 @@ def resize_crop_flip(cfg: CfgNode, *, category_aware: bool) -> list:
 
 
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
-    """Flip, resize by ``INPUT.MIN_SCALE`` .. ``INPUT.MAX_SCALE`` of ``INPUT.IMAGE_SIZE``, crop or pad to that square (LSJ).
+    """Flip, resize by ``INPUT.MIN_SCALE`` .. ``MAX_SCALE`` of ``INPUT.IMAGE_SIZE``, crop or pad to that square (LSJ).
 
     Source: Ghiasi et al. 2021, "Simple Copy-Paste", as used for COCO by Mask2Former.
     """
@@ -45,14 +45,16 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
         horizontal = cfg.INPUT.RANDOM_FLIP == "horizontal"
         augmentations.append(T.RandomFlip(horizontal=horizontal, vertical=cfg.INPUT.RANDOM_FLIP == "vertical"))
     augmentations.append(
-        T.ResizeScale(min_scale=cfg.INPUT.MIN_SCALE, max_scale=cfg.INPUT.MAX_SCALE, target_height=side, target_width=side)
+        T.ResizeScale(
+            min_scale=cfg.INPUT.MIN_SCALE, max_scale=cfg.INPUT.MAX_SCALE, target_height=side, target_width=side
+        )
     )
     augmentations.append(T.FixedSizeCrop(crop_size=(side, side)))
     return augmentations
 
 
 def detr_crop(cfg: CfgNode) -> list[T.Augmentation] | None:
-    """Resize and crop that DETR puts before the final resize for half of the images; None without ``INPUT.CROP.ENABLED``."""
+    """Resize and crop that half of the images get before the final resize; None without ``INPUT.CROP.ENABLED``."""
     if not cfg.INPUT.CROP.ENABLED:
         return None
     return [

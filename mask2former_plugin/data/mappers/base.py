@@ -17,8 +17,8 @@ from mask2former_plugin.data.mappers import steps
 class TrainingMapper:
     """Turns a Detectron2 dataset dict into a training sample.
 
-    The result keeps the fields of the dict and has ``image`` uint8 [3, H, W] and ``instances`` with ``gt_classes`` int64 [n] and
-    ``gt_masks`` bool [n, H, W]. The dict itself is not changed.
+    The result keeps the fields of the dict and has ``image`` uint8 [3, H, W] and ``instances`` with ``gt_classes``
+    int64 [n] and ``gt_masks`` bool [n, H, W]. The dict itself is not changed.
 
     Args:
         is_train: must be True; evaluation uses ``detectron2.data.DatasetMapper(cfg, is_train=False)``.
@@ -30,7 +30,8 @@ class TrainingMapper:
     def __init__(self, is_train: bool, image_format: str, num_classes: int | None, drop_empty_masks: bool):
         if not is_train:
             raise ValueError(
-                f"{type(self).__name__} is for training; evaluation uses detectron2.data.DatasetMapper(cfg, is_train=False)"
+                f"{type(self).__name__} is for training; "
+                "evaluation uses detectron2.data.DatasetMapper(cfg, is_train=False)"
             )
         self.image_format = image_format
         self.num_classes = num_classes
@@ -64,8 +65,8 @@ def require_field(sample: dict[str, Any], field: str, mapper: str) -> Any:
     """Take ``field`` out of a sample; a ValueError says which mapper needs it."""
     if field not in sample:
         raise ValueError(
-            f"{sample['file_name']}: {mapper} needs {field!r}, which this dataset does not give; choose a dataset that has it "
-            "or another INPUT.DATASET_MAPPER_NAME"
+            f"{sample['file_name']}: {mapper} needs {field!r}, which this dataset does not give; "
+            "choose a dataset that has it or another INPUT.DATASET_MAPPER_NAME"
         )
     return sample.pop(field)
 
@@ -77,7 +78,9 @@ def dataset_ignore_label(cfg: CfgNode) -> int:
         raise ValueError("DATASETS.TRAIN is empty; the ignore label of the mapper comes from its metadata")
     missing = [name for name, label in labels.items() if label is None]
     if missing:
-        raise ValueError(f"Dataset {missing[0]!r} has no 'ignore_label' in its metadata: set MetadataCatalog.get(name).ignore_label")
+        raise ValueError(
+            f"Dataset {missing[0]!r} has no 'ignore_label' in its metadata: set MetadataCatalog.get(name).ignore_label"
+        )
     if len(set(labels.values())) > 1:
         raise ValueError(f"The datasets of DATASETS.TRAIN have different ignore labels: {labels}")
     return next(iter(labels.values()))

@@ -15,7 +15,7 @@ from mask2former_plugin.data.mappers.base import TrainingMapper, require_field
 
 
 class DETRPanopticDatasetMapper(TrainingMapper):
-    """Needs ``pan_seg_file_name`` and ``segments_info``; one target per segment that is no crowd, emptied ones included.
+    """Needs ``pan_seg_file_name`` and ``segments_info``; one target per segment that is no crowd, emptied ones too.
 
     Args:
         crop_gen: augmentations that half of the images get before the last of ``tfm_gens``; None: no image.

@@ -52,7 +52,9 @@ class MaskFormerInstanceDatasetMapper(TrainingMapper):
         transforms = T.AugmentationList(self.augmentations)(aug_input)
         size = aug_input.image.shape[:2]
         masks = [
-            steps.rasterize(steps.transform_segmentation(item["segmentation"], transforms, original_size, file_name), size)
+            steps.rasterize(
+                steps.transform_segmentation(item["segmentation"], transforms, original_size, file_name), size
+            )
             for item in annotations
         ]
         sample["image"] = steps.pad_to_square(

@@ -51,7 +51,7 @@ class _LargeScaleJitterMapper(TrainingMapper):
 
 
 class COCOInstanceNewBaselineDatasetMapper(_LargeScaleJitterMapper):
-    """Needs ``annotations``; targets have ``gt_boxes`` around the cropped object, emptied objects and crowds are dropped.
+    """Needs ``annotations``; targets have ``gt_boxes`` around what the crop leaves; emptied ones and crowds go.
 
     Adds ``padding_mask`` bool [H, W], True where the image is padding.
     """
@@ -66,7 +66,10 @@ class COCOInstanceNewBaselineDatasetMapper(_LargeScaleJitterMapper):
         padding = transforms.apply_segmentation(np.ones(original_size, dtype=np.uint8)) != 1
         sample["padding_mask"] = torch.from_numpy(np.ascontiguousarray(padding))
 
-        shapes = [steps.transform_segmentation(item["segmentation"], transforms, original_size, file_name) for item in annotations]
+        shapes = [
+            steps.transform_segmentation(item["segmentation"], transforms, original_size, file_name)
+            for item in annotations
+        ]
         boxes = Boxes(torch.tensor([steps.bounding_box(shape) for shape in shapes], dtype=torch.float32).reshape(-1, 4))
         kept = boxes.nonempty(threshold=_MIN_BOX_SIDE)
         masks = [steps.rasterize(shape, size) for shape, keep in zip(shapes, kept.tolist()) if keep]

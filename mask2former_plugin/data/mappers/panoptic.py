@@ -12,7 +12,8 @@ from mask2former_plugin.data.mappers.semantic import MaskFormerSemanticDatasetMa
 class MaskFormerPanopticDatasetMapper(MaskFormerSemanticDatasetMapper):
     """Needs ``pan_seg_file_name`` and ``segments_info``; adds ``sem_seg`` where ``sem_seg_file_name`` is given.
 
-    Targets are the segments that are no crowd, in their order, those that the crop has emptied included (see ``drop_empty_masks``).
+    Targets are the segments that are no crowd, in their order, those that the crop has emptied included (see
+    ``drop_empty_masks``).
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

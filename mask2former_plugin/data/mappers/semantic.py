@@ -21,7 +21,8 @@ class MaskFormerSemanticDatasetMapper(TrainingMapper):
     Args:
         augmentations: Detectron2 augmentations, applied to image and labels.
         ignore_label: label without a class.
-        size_divisibility: side of the square that image (with 128) and labels (with the ignore label) are padded to; <= 0: none.
+        size_divisibility: side of the square that image (with 128) and labels (with the ignore label) are padded to;
+            <= 0: none.
     """
 
     @configurable
@@ -53,7 +54,10 @@ class MaskFormerSemanticDatasetMapper(TrainingMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         sample, image = self.begin(dataset_dict)
         if "annotations" in sample:
-            raise ValueError(f"{sample['file_name']}: a semantic dataset has no 'annotations'; use mask_former_instance for instances")
+            raise ValueError(
+                f"{sample['file_name']}: a semantic dataset has no 'annotations'; "
+                "use mask_former_instance for instances"
+            )
         label_file = require_field(sample, "sem_seg_file_name", type(self).__name__)
         image, labels, _ = self.augment(sample, image, label_file)
         self.put_image(sample, image)
@@ -66,7 +70,7 @@ class MaskFormerSemanticDatasetMapper(TrainingMapper):
         """Augmented image (H, W, 3), augmented labels (H, W) if there is a file, and the transform that was drawn."""
         labels = None
         if label_file is not None:
-            # float64, as published: 16-bit types cannot be resized, and it decides the sampling grid of nearest neighbours
+            # float64, as published: 16-bit types cannot be resized, and the type decides the grid of nearest neighbours
             labels = steps.read_label_map(label_file, image.shape[:2], sample["file_name"]).astype(np.float64)
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = T.AugmentationList(self.augmentations)(aug_input)
@@ -75,11 +79,15 @@ class MaskFormerSemanticDatasetMapper(TrainingMapper):
     def put_image(self, sample: dict[str, Any], image: np.ndarray) -> None:
         """Store the padded image in the sample."""
         tensor = steps.to_chw(image)
-        sample["image"] = steps.pad_to_square(tensor, self.size_divisibility, steps.IMAGE_PAD_VALUE, sample["file_name"])
+        sample["image"] = steps.pad_to_square(
+            tensor, self.size_divisibility, steps.IMAGE_PAD_VALUE, sample["file_name"]
+        )
 
     def put_labels(self, sample: dict[str, Any], labels: np.ndarray, label_file: str) -> torch.Tensor:
         """Store the padded labels in the sample, after a check of their values, and return them."""
         tensor = torch.from_numpy(np.ascontiguousarray(labels.astype(np.int64)))
-        steps.check_class_ids(steps.present_ids(tensor.numpy()), self.num_classes, f"Label file {label_file}", self.ignore_label)
+        steps.check_class_ids(
+            steps.present_ids(tensor.numpy()), self.num_classes, f"Label file {label_file}", self.ignore_label
+        )
         sample["sem_seg"] = steps.pad_to_square(tensor, self.size_divisibility, self.ignore_label, sample["file_name"])
         return sample["sem_seg"]

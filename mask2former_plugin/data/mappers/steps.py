@@ -1,6 +1,6 @@
 """Steps that the training mappers share: reading files, checking labels, padding, masks and instances.
 
-Arrays before the augmentations are numpy (H, W[, C]), results are torch tensors. Every error names the file that it is about.
+Arrays before the augmentations are numpy (H, W[, C]), results are torch tensors. Every error names the file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ IMAGE_PAD_VALUE = 128
 _MAX_COUNTED_ID = 1 << 20  # ids above are sorted instead of counted
 
 
-# --------------------------------------------------------------------------------------------------------- samples and files
+# ---------------------------------------------------------------------------------------------------- samples and files
 
 
 def copy_sample(dataset_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy of a dataset dict that a mapper may change, except for ``annotations``, which stay shared and are only read."""
+    """Copy of a dataset dict that a mapper may change, except for ``annotations``, which are shared and only read."""
     sample = {key: copy.deepcopy(value) for key, value in dataset_dict.items() if key != "annotations"}
     if "annotations" in dataset_dict:
         sample["annotations"] = dataset_dict["annotations"]
@@ -69,7 +69,9 @@ def read_label_map(path: str, image_size: tuple[int, int] | None = None, image_f
     labels = read_file(path, None)
     if labels.ndim != 2 or labels.dtype.kind not in "uib":
         kind = f"{labels.shape[2]} channels" if labels.ndim == 3 else f"values of type {labels.dtype}"
-        raise ValueError(f"Label file {path} has {kind}; needed is one channel of integer class ids (PNG or TIFF, not colours)")
+        raise ValueError(
+            f"Label file {path} has {kind}; needed is one channel of integer class ids (PNG or TIFF, not colours)"
+        )
     _check_size("Label file", path, labels.shape, image_size, image_file)
     return labels
 
@@ -84,7 +86,8 @@ def read_panoptic_map(path: str, image_size: tuple[int, int], image_file: str) -
 def _check_size(what: str, path: str, size: Sequence[int], image_size: Sequence[int] | None, image_file: str) -> None:
     if image_size is not None and tuple(size) != tuple(image_size):
         raise ValueError(
-            f"{what} {path} is {size[1]}x{size[0]} (width x height), but its image {image_file} is {image_size[1]}x{image_size[0]}"
+            f"{what} {path} is {size[1]}x{size[0]} (width x height), "
+            f"but its image {image_file} is {image_size[1]}x{image_size[0]}"
         )
 
 
@@ -94,7 +97,7 @@ def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
     return channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2]
 
 
-# ------------------------------------------------------------------------------------------------------------------- tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 def to_chw(image: np.ndarray) -> torch.Tensor:
@@ -112,24 +115,26 @@ def pad_to_square(tensor: torch.Tensor, side: int, value: int, image_file: str) 
     height, width = tensor.shape[-2:]
     if max(height, width) > side:
         raise ValueError(
-            f"{image_file} is {width}x{height} after the augmentations, larger than the square of INPUT.SIZE_DIVISIBILITY {side}: raise "
-            "INPUT.SIZE_DIVISIBILITY (or set it to -1), or make the images smaller by INPUT.CROP.SIZE or INPUT.MAX_SIZE_TRAIN"
+            f"{image_file} is {width}x{height} after the augmentations, larger than the square of "
+            f"INPUT.SIZE_DIVISIBILITY {side}: raise INPUT.SIZE_DIVISIBILITY (or set it to -1), or make the images "
+            "smaller by INPUT.CROP.SIZE or INPUT.MAX_SIZE_TRAIN"
         )
     return F.pad(tensor, (0, side - width, 0, side - height), value=value)
 
 
-# --------------------------------------------------------------------------------------------------------- classes and masks
+# ---------------------------------------------------------------------------------------------------- classes and masks
 
 
 def check_class_ids(ids: Iterable[int], num_classes: int | None, source: str, ignore_label: int | None = None) -> None:
-    """Raise a ValueError if an id is neither in [0, num_classes) nor the ignore label; ``num_classes`` None checks nothing."""
+    """Raise a ValueError if an id is neither in [0, num_classes) nor the ignore label; None checks nothing."""
     if num_classes is None:
         return
     for value in ids:
         if not 0 <= value < num_classes and value != ignore_label:
             ignore = "there is no ignore label" if ignore_label is None else f"the ignore label is {ignore_label}"
             raise ValueError(
-                f"{source} contains class id {int(value)}, but there are {num_classes} classes (ids 0..{num_classes - 1}) and {ignore}: "
+                f"{source} contains class id {int(value)}, but there are {num_classes} classes "
+                f"(ids 0..{num_classes - 1}) and {ignore}: "
                 "correct the labels, MODEL.SEM_SEG_HEAD.NUM_CLASSES or the ignore_label of the dataset"
             )
 
@@ -151,7 +156,7 @@ def semantic_targets(labels: torch.Tensor, ignore_label: int | None) -> tuple[li
 
 
 def segment_targets(segment_ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> tuple[list[int], torch.Tensor]:
-    """Classes and masks [n, H, W] bool of the segments that are no crowd, in their order; absent segments give empty masks."""
+    """Classes and masks [n, H, W] bool of the segments that are no crowd, in order; absent ones give empty masks."""
     kept = [segment for segment in segments if not segment.get("iscrowd", 0)]
     return [segment["category_id"] for segment in kept], _compare(segment_ids, [segment["id"] for segment in kept])
 
@@ -178,7 +183,7 @@ def make_instances(
     return instances[masks.flatten(1).any(dim=1)] if drop_empty else instances
 
 
-# --------------------------------------------------------------------------------------------------------------- annotations
+# ---------------------------------------------------------------------------------------------------------- annotations
 
 
 def without_crowds(annotations: Iterable[Mapping[str, Any]], image_file: str) -> list[Mapping[str, Any]]:
@@ -193,7 +198,7 @@ def without_crowds(annotations: Iterable[Mapping[str, Any]], image_file: str) ->
 def transform_segmentation(
     segmentation: Any, transforms: Transform, image_size: tuple[int, int], image_file: str
 ) -> list[np.ndarray] | np.ndarray:
-    """One COCO segmentation after the augmentations: polygons stay polygons [(2k,) float64, ...], RLE becomes a mask (H, W) bool.
+    """One COCO segmentation after the augmentations: polygons stay polygons, [(2k,) float64, ...]; RLE becomes a mask.
 
     Args:
         segmentation: list of polygons, or an RLE dict, compressed or not.
