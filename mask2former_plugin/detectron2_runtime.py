@@ -18,6 +18,12 @@ def is_embedded() -> bool:
     return spec is not None and spec.origin is not None and Path(spec.origin).resolve().is_relative_to(EMBEDDED_ROOT)
 
 
+def _is_importable() -> bool:
+    """True if there is a ``detectron2`` package; a mere folder of that name, such as a checkout of its repository, is none."""
+    spec = importlib.util.find_spec("detectron2")
+    return spec is not None and spec.origin is not None
+
+
 def ensure_detectron2() -> None:
     """Make ``import detectron2`` work, preferring upstream.
 
@@ -42,8 +48,8 @@ def ensure_detectron2() -> None:
     if choice == "upstream":
         if embedded in sys.path:
             sys.path.remove(embedded)
-        if importlib.util.find_spec("detectron2") is None:
+        if not _is_importable():
             raise ImportError(f"{ENV_VARIABLE}=upstream, but Detectron2 is not installed; install it with: {INSTALL_HINT}")
         return
-    if importlib.util.find_spec("detectron2") is None:
+    if not _is_importable():
         sys.path.append(embedded)
