@@ -178,7 +178,7 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
     if isinstance(norm, str):
         if norm not in _NORMS:
             near = difflib.get_close_matches(norm, _NORMS, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise KeyError(f"unknown normalisation '{norm}'; {hint}There are: {', '.join(_NORMS)}")
+            hint = f", did you mean '{near[0]}'?" if near else "."
+            raise KeyError(f"unknown normalisation '{norm}'{hint} Known are {', '.join(_NORMS)}")
         norm = _NORMS[norm]
     return norm(out_channels)

@@ -23,8 +23,8 @@ def lookup(registry: Registry, name: str, config_key: str) -> Any:
         return registry.get(name)
     names = registered_names(registry)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f", did you mean {' or '.join(near)}?" if near else "."
     raise KeyError(
-        f"{config_key} is '{name}', which nobody registered: {hint}Registered are: {', '.join(names) or 'none'}. "
-        "A class of your own must be imported before the model is built"
+        f"{config_key} is '{name}', which is not registered{hint} Registered are {', '.join(names) or 'none'}; "
+        "a class of your own must be imported before the model is built"
     )

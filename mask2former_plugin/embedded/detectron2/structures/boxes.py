@@ -169,12 +169,12 @@ class Boxes:
         self.tensor[:, 0::2] *= scale_x
         self.tensor[:, 1::2] *= scale_y
 
-    @staticmethod
-    def cat(boxes_list: List["Boxes"]) -> "Boxes":
-        """All boxes of a list in one; no list gives no boxes."""
+    @classmethod
+    def cat(cls, boxes_list: List["Boxes"]) -> "Boxes":
+        """All boxes of a list in one; an empty list gives no boxes."""
         if len(boxes_list) == 0:
-            return Boxes(torch.empty(0, 4))
-        return Boxes(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
+            return cls(torch.empty(0, 4))
+        return cls(torch.cat([boxes.tensor for boxes in boxes_list], dim=0))
 
     @property
     def device(self) -> torch.device:
