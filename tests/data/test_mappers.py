@@ -224,6 +224,15 @@ def test_panoptic_gives_semantic_labels_too_if_there_are_any(cfg, scene):
     assert "sem_seg" not in build(cfg, PANOPTIC)(scene.panoptic(semantic=False))
 
 
+def test_category_limited_crop_needs_semantic_labels(cfg, scene):
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "absolute", (16, 16)
+    assert len(build(cfg, PANOPTIC)(scene.panoptic(semantic=False))["instances"]) == 3
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 0.5
+    assert len(build(cfg, PANOPTIC)(scene.panoptic())["instances"]) == 3
+    with pytest.raises(ValueError, match="image.png has no 'sem_seg_file_name', .*SINGLE_CATEGORY_MAX_AREA"):
+        build(cfg, PANOPTIC)(scene.panoptic(semantic=False))
+
+
 @pytest.mark.parametrize("kind", ["polygon", "rle", "uncompressed"])
 @pytest.mark.parametrize("name", [INSTANCE, LSJ_INSTANCE])
 def test_polygons_and_rle_give_the_same(cfg, scene, name, kind):

@@ -72,6 +72,11 @@ class MaskFormerSemanticDatasetMapper(TrainingMapper):
         if label_file is not None:
             # float64, as published: 16-bit types cannot be resized, and the type decides the grid of nearest neighbours
             labels = steps.read_label_map(label_file, image.shape[:2], sample["file_name"]).astype(np.float64)
+        elif any(getattr(augmentation, "single_category_max_area", 1.0) < 1.0 for augmentation in self.augmentations):
+            raise ValueError(
+                f"{sample['file_name']} has no 'sem_seg_file_name', which INPUT.CROP.SINGLE_CATEGORY_MAX_AREA < 1 "
+                "needs: give the dataset semantic labels or set the key to 1.0"
+            )
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = T.AugmentationList(self.augmentations)(aug_input)
         return aug_input.image, aug_input.sem_seg, transforms
