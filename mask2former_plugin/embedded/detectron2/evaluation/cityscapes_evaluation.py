@@ -158,63 +158,16 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
     """Evaluates ``output["instances"]`` (masks, scores, classes); gives ``{"segm": {"AP", "AP50"}}`` in percent."""
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script
-        from cityscapesscripts.helpers.labels import name2label
-
-        script.setInstanceLabels(script.args)
         for input, output in zip(inputs, outputs):
             file_name, instances = input["file_name"], output["instances"]
             truth = self._truth(file_name, "instanceIds")
-            true_instances, predictions = {name: [] for name in script.args.instLabels}, []
+            predictions = []
             if len(instances):
                 masks = getattr(instances.pred_masks, "tensor", instances.pred_masks)
                 _check_size(file_name, masks.shape[1:], truth)
                 names = [self._metadata.thing_classes[k] for k in instances.pred_classes.tolist()]
                 predictions = list(zip(names, instances.scores.tolist(), masks))
-            self._images[file_name] = self._match(file_name, truth, true_instances, predictions, name2label)
-
-    def _match(self, file_name, truth, true_instances, predictions, name2label) -> dict:
-        """Overlaps of true and predicted instances in the form that the official script evaluates."""
-        from cityscapesscripts.helpers.labels import id2label, labels
-
-        ids, index = np.unique(truth, return_inverse=True)
-        sizes = np.bincount(index.ravel(), minlength=len(ids))
-        is_void = np.isin(ids, [label.id for label in labels if label.ignoreInEval])
-        column = {}
-        for position, (number, size) in enumerate(zip(ids.tolist(), sizes.tolist())):
-            label = id2label[number // 1000 if number >= 1000 else number]
-            if label.name in true_instances:
-                # Without depth, the two distance fields have the values that the official scripts give them.
-                entry = {"instID": number, "labelID": label.id, "pixelCount": size, "medDist": -1, "distConf": 0.0}
-                true_instances[label.name].append({**entry, "matchedPred": []})
-                column[number] = position
-        predicted = {name: [] for name in true_instances}
-        index_map = None
-        for name, score, mask in predictions:
-            if name not in predicted:
-                continue
-            if index_map is None or index_map.device != mask.device:
-                index_map = torch.from_numpy(index.reshape(truth.shape)).to(mask.device)
-            mask = mask > 0.5 if mask.is_floating_point() else mask != 0
-            common = torch.bincount(index_map[mask], minlength=len(ids)).cpu().numpy()
-            if not common.any():
-                continue
-            entry = {
-                "imgName": f"{file_name}#{len(predicted[name])}",
-                "predID": sum(map(len, predicted.values())),
-                "labelID": name2label[name].id,
-                "pixelCount": int(common.sum()),
-                "confidence": float(score),
-                "voidIntersection": int(common[is_void].sum()),
-            }
-            matched = []
-            for true in true_instances[name]:
-                intersection = int(common[column[true["instID"]]])
-                if intersection:
-                    matched.append({**{k: v for k, v in true.items() if k != "matchedPred"}, "intersection": intersection})
-                    true["matchedPred"].append({**entry, "intersection": intersection})
-            predicted[name].append({**entry, "matchedGt": matched})
-        return {"groundTruth": true_instances, "prediction": predicted}
+            self._images[file_name] = _match_instances(file_name, truth, predictions)
 
     def evaluate(self) -> OrderedDict | None:
         images = self._gathered()
@@ -231,3 +184,60 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         rows = [[name, 100 * v["ap"], 100 * float(np.squeeze(v["ap50%"]))] for name, v in averages["classes"].items()]
         logger.info("Cityscapes instances:\n" + tabulate(rows, headers=["class", "AP", "AP50"], floatfmt=".2f", tablefmt="pipe"))
         return OrderedDict(segm={"AP": 100 * float(averages["allAp"]), "AP50": 100 * float(averages["allAp50%"])})
+
+
+def _match_instances(
+    file_name: str, truth: np.ndarray, predictions: Sequence[tuple[str, float, torch.Tensor]]
+) -> dict[str, dict[str, list[dict]]]:
+    """Which instances of an image overlap by how much, in the form that the official script makes its curves of.
+
+    Args:
+        file_name: of the image.
+        truth: (H, W) ids of Cityscapes: ``1000 * label + number``, or the label alone for groups and stuff.
+        predictions: class name, score and mask (H, W) of each; masks may lie on a GPU.
+
+    Returns:
+        Under "groundTruth" and "prediction", a list of instances for each class that is evaluated.
+    """
+    from cityscapesscripts.helpers.labels import id2label, labels, name2label
+
+    evaluated = [label.name for label in labels if label.hasInstances and not label.ignoreInEval]
+    ids, index = np.unique(truth, return_inverse=True)
+    sizes = np.bincount(index.ravel(), minlength=len(ids)).tolist()
+    is_void = np.isin(ids, [label.id for label in labels if label.ignoreInEval])
+    true_instances = {name: [] for name in evaluated}
+    for column, (number, size) in enumerate(zip(ids.tolist(), sizes)):
+        label = id2label[number // 1000 if number >= 1000 else number]
+        if label.name in true_instances:
+            # The two distance fields have the values that the official scripts give them when there is no depth.
+            entry = {"instID": number, "labelID": label.id, "pixelCount": size, "medDist": -1, "distConf": 0.0}
+            true_instances[label.name].append((column, {**entry, "matchedPred": []}, entry))
+
+    predicted_instances = {name: [] for name in evaluated}
+    predictions = [prediction for prediction in predictions if prediction[0] in predicted_instances]
+    index_map = torch.from_numpy(index.reshape(truth.shape))
+    for number, (name, score, mask) in enumerate(predictions):
+        index_map = index_map.to(mask.device)
+        inside = mask > 0.5 if mask.is_floating_point() else mask != 0
+        common = torch.bincount(index_map[inside], minlength=len(ids)).cpu().numpy()
+        if not common.any():
+            continue
+        prediction = {
+            "imgName": f"{file_name}#{number}",
+            "predID": number,
+            "labelID": name2label[name].id,
+            "pixelCount": int(common.sum()),
+            "confidence": float(score),
+            "voidIntersection": int(common[is_void].sum()),
+        }
+        matched = []
+        for column, matches, entry in true_instances[name]:
+            if common[column]:
+                intersection = {"intersection": int(common[column])}
+                matched.append({**entry, **intersection})
+                matches["matchedPred"].append({**prediction, **intersection})
+        predicted_instances[name].append({**prediction, "matchedGt": matched})
+    return {
+        "groundTruth": {name: [matches for _, matches, _ in found] for name, found in true_instances.items()},
+        "prediction": predicted_instances,
+    }
