@@ -202,7 +202,7 @@ def _refuse_tag(loader: _SafeLoader, suffix: str, node: yaml.Node) -> None:
     raise yaml.constructor.ConstructorError(
         None,
         None,
-        f"the tag !!python/{suffix} is not allowed (only !!python/tuple and arithmetic in !!python/object/apply:eval are)",
+        f"the tag !!python/{suffix} is not allowed (!!python/tuple and arithmetic in !!python/object/apply:eval are)",
         node.start_mark,
     )
 
@@ -273,8 +273,8 @@ def load_config_dict(
 ) -> dict[str, Any]:
     """Read a config file and all files that it inherits from.
 
-    ``_BASE_`` holds one path or a list of paths (later ones win); a path may be absolute, start with ``~``, be a URL that
-    ``open_file`` understands, or be relative to the file that holds it. The file's own values win over its bases'.
+    ``_BASE_`` holds one path or a list of paths (later ones win); a path may be absolute, start with ``~``, be a URL
+    that ``open_file`` understands, or be relative to the file that holds it. The file's own values win over its bases'.
 
     Args:
         path: a YAML file.
@@ -301,7 +301,7 @@ def load_config_dict(
     if config is None:
         config = {}
     if not isinstance(config, dict):
-        raise ConfigFileError(f"{path}: a config must be a mapping of keys to values, this is a {type(config).__name__}")
+        raise ConfigFileError(f"{path}: a config must be a mapping of keys to values, not a {type(config).__name__}")
     bases = config.pop(BASE_KEY, [])
     if isinstance(bases, str):
         bases = [bases]

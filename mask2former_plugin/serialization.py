@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-_LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number with which torch.save began before zip files
+# the pickled number with which torch.save began before it wrote zip files
+_LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class CheckpointFileError(ValueError):
@@ -28,7 +29,7 @@ class ForbiddenObjectError(CheckpointFileError):
     """A checkpoint that holds something else than tensors, arrays, numbers, text and containers of these."""
 
 
-# ---- what a pickle may refer to ----------------------------------------------------------------------------------------
+# ---- what a pickle may refer to ----
 
 
 def _load_storage(payload: bytes) -> Any:
@@ -111,7 +112,7 @@ def _arrays_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-# ---- formats -----------------------------------------------------------------------------------------------------------
+# ---- formats ----
 
 
 def _read_torch(path: str, file: BinaryIO) -> Any:
@@ -150,7 +151,7 @@ def _choose_reader(path: str, head: bytes, size: int) -> Callable[[str, BinaryIO
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointFileError(f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointFileError(f"{path} is a web page, not a checkpoint; its download address was wrong or needs a login")
+        raise CheckpointFileError(f"{path} is a web page, not a checkpoint; its address was wrong or needs a login")
     if head.startswith(b"PK\x03\x04"):
         return _read_zipped_torch
     if head.startswith(_LEGACY_TORCH_MAGIC):
@@ -166,8 +167,8 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
-        path: a file written by ``torch.save`` (``.pth``, ``.pt``, ``.bin``; new and legacy format), ``pickle`` (``.pkl``; Python 2
-            too) or safetensors. The content decides, not the suffix.
+        path: a file written by ``torch.save`` (``.pth``, ``.pt``, ``.bin``; new and legacy format), ``pickle``
+            (``.pkl``; Python 2 too) or safetensors. The content decides, not the suffix.
 
     Returns:
         The dictionary that the file holds, as it is.
@@ -204,6 +205,6 @@ def load_checkpoint_file(path: str | os.PathLike) -> dict[str, Any]:
 
 def _forbidden_text(path: str, name: str) -> str:
     return (
-        f"{path} refers to {name}; loading it could run code, so only tensors, arrays, numbers, text and containers are read. "
-        "If you trust the file, load it yourself and save its weights alone."
+        f"{path} refers to {name}; loading it could run code, so only tensors, arrays, numbers, text and containers "
+        "are read. If you trust the file, load it yourself and save its weights alone."
     )

@@ -168,7 +168,8 @@ def test_a_storage_inside_a_pickle_cannot_carry_code(tmp_path, monkeypatch):
     inner = io.BytesIO()
     torch.save(Custom(), inner, _use_new_zipfile_serialization=False)
     payload = inner.getvalue()
-    raw = b"\x80\x03}X\x01\x00\x00\x00aq\x00ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(payload)) + payload + b"\x85Rs."
+    call = b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(payload)) + payload + b"\x85R"
+    raw = b"\x80\x03}X\x01\x00\x00\x00a" + call + b"s."
     path = tmp_path / "file.pkl"
     path.write_bytes(raw)
     with pytest.raises(ForbiddenObjectError, match="mkdir"):

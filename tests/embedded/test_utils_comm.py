@@ -34,7 +34,8 @@ def worker(rank, folder, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     comm.create_local_process_group(1)
     found = {
-        "ranks": (comm.get_world_size(), comm.get_rank(), comm.get_local_rank(), comm.get_local_size(), comm.is_main_process()),
+        "ranks": (comm.get_world_size(), comm.get_rank(), comm.is_main_process()),
+        "local_ranks": (comm.get_local_size(), comm.get_local_rank()),
         "all": comm.all_gather({"rank": rank, "tensor": torch.full((rank + 1,), rank)}),
         "to_0": comm.gather(f"from {rank}"),
         "to_1": comm.gather([rank], dst=1),
@@ -56,7 +57,8 @@ def test_two_processes(tmp_path, monkeypatch):
         mp.spawn(worker, args=(str(tmp_path), shared), nprocs=2)
         results = dict(shared)
     for rank, found in results.items():
-        assert found["ranks"] == (2, rank, 0, 1, rank == 0)
+        assert found["ranks"] == (2, rank, rank == 0)
+        assert found["local_ranks"] == (1, 0)
         assert [entry["rank"] for entry in found["all"]] == [0, 1]
         assert [entry["tensor"].tolist() for entry in found["all"]] == [[0], [1, 1]]
         assert found["local"] == [rank]

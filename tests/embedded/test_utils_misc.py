@@ -46,7 +46,9 @@ def test_log_files_and_terminal(tmp_path, capsys, logger_name):
         assert "WARNING" in lines[1] and lines[1].endswith("careful")
 
 
-@pytest.mark.parametrize(("output", "expected"), [("run.txt", "run.txt"), ("a.log", "a.log"), ("folder", "folder/log.txt")])
+@pytest.mark.parametrize(
+    ("output", "expected"), [("run.txt", "run.txt"), ("a.log", "a.log"), ("folder", "folder/log.txt")]
+)
 def test_names_of_log_files(tmp_path, capsys, logger_name, output, expected):
     setup_logger(str(tmp_path / output), distributed_rank=2, name=logger_name).info("from rank 2")
     assert "from rank 2" in (tmp_path / f"{expected}.rank2").read_text()

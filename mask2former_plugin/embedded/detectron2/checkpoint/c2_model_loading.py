@@ -71,8 +71,8 @@ def align_and_update_state_dicts(
 ) -> dict[str, Any]:
     """Rename the entries of a checkpoint to the model's names.
 
-    A name of the model takes the entry whose name is the longest dotted suffix of it: ``backbone.res2.0.conv1.weight`` takes
-    ``res2.0.conv1.weight`` before ``conv1.weight``. Entries of another shape are left out with a warning.
+    A name of the model takes the entry whose name is the longest dotted suffix of it: ``backbone.res2.0.conv1.weight``
+    takes ``res2.0.conv1.weight`` before ``conv1.weight``. Entries of another shape are left out with a warning.
 
     Args:
         model_state_dict: names and tensors of the model.
@@ -106,8 +106,8 @@ def align_and_update_state_dicts(
             continue
         if source in taken_by:
             raise ValueError(
-                f"{original_names[source]!r} of the checkpoint fits both {taken_by[source]!r} and {model_key!r} of the model; "
-                "rename the entries of the checkpoint, or load it without matching heuristics"
+                f"{original_names[source]!r} of the checkpoint fits both {taken_by[source]!r} and {model_key!r} of the "
+                "model; rename the entries of the checkpoint, or load it without matching heuristics"
             )
         taken_by[source] = model_key
         result[model_key] = value

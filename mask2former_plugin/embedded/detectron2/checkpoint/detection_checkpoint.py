@@ -26,12 +26,13 @@ def _is_local(path: str) -> bool:
 class DetectionCheckpointer(Checkpointer):
     """Checkpointer of models in Detectron2's formats.
 
-    * A file appears under its name only when it is complete; ``last_checkpoint`` names the last complete one. If that is
-      damaged all the same, resuming takes the newest intact file.
-    * Reads ``.pth`` / ``.pt`` / ``.bin``, ``.pkl`` (numpy weights, Caffe2 and pycls included) and ``.safetensors`` without running
-      code that a file carries.
+    * A file appears under its name only when it is complete; ``last_checkpoint`` names the last complete one. If that
+      is damaged all the same, resuming takes the newest intact file.
+    * Reads ``.pth`` / ``.pt`` / ``.bin``, ``.pkl`` (numpy weights, Caffe2 and pycls included) and ``.safetensors``
+      without running code that a file carries.
     * ``path?matching_heuristics=True`` fits the names of a foreign checkpoint to the model's, see
-      :func:`~detectron2.checkpoint.c2_model_loading.align_and_update_state_dicts`; ``.pkl`` files of backbones ask for it themselves.
+      :func:`~detectron2.checkpoint.c2_model_loading.align_and_update_state_dicts`; ``.pkl`` files of backbones ask for
+      it themselves.
     * If only the main process can see a file, the others receive its content from there.
     """
 
@@ -43,7 +44,7 @@ class DetectionCheckpointer(Checkpointer):
             model: unwrapped if it is DataParallel or DistributedDataParallel.
             save_dir: folder to save to and to resume from.
             save_to_disk: default: in the main process only.
-            checkpointables: further objects with ``state_dict`` and ``load_state_dict``, saved and loaded by these names.
+            checkpointables: further objects with ``state_dict`` and ``load_state_dict``, saved under these names.
         """
         if save_to_disk is None:
             save_to_disk = comm.is_main_process()
@@ -104,7 +105,7 @@ class DetectionCheckpointer(Checkpointer):
         return bool(self.save_dir) and self.path_manager.exists(os.path.join(self.save_dir, _LAST))
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint to resume from: the one that ``last_checkpoint`` names, or the newest intact one if that is damaged.
+        """The checkpoint to resume from: what ``last_checkpoint`` names, or the newest intact one if that is damaged.
 
         Returns:
             Its path; empty if there is no ``last_checkpoint``.
@@ -118,8 +119,8 @@ class DetectionCheckpointer(Checkpointer):
         intact = [path for path in self.get_all_checkpoint_files() if _is_complete(path)]
         if not intact:
             raise FileNotFoundError(
-                f"cannot resume: {os.path.join(self.save_dir, _LAST)} names {os.path.basename(last)!r}, which is missing or damaged, "
-                f"and {self.save_dir} holds no other intact checkpoint"
+                f"cannot resume: {os.path.join(self.save_dir, _LAST)} names {os.path.basename(last)!r}, which is "
+                f"missing or damaged, and {self.save_dir} holds no other intact checkpoint"
             )
         newest = max(intact, key=lambda path: (os.path.getmtime(path), path))
         self.logger.warning("%s is missing or damaged; resuming from %s instead", last, newest)
@@ -184,7 +185,8 @@ class DetectionCheckpointer(Checkpointer):
 
         loaded = load_checkpoint_file(filename)
         if filename.endswith(".pyth") and "model_state" in loaded:  # pycls
-            weights = {key: value for key, value in loaded["model_state"].items() if not key.endswith("num_batches_tracked")}
+            state = loaded["model_state"]
+            weights = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
             loaded = {"model": weights, "__author__": "pycls", _HEURISTICS: True}
         elif filename.endswith(".pkl") and not ("model" in loaded and "__author__" in loaded):  # Caffe2
             blobs = loaded.get("blobs", loaded)
@@ -193,7 +195,8 @@ class DetectionCheckpointer(Checkpointer):
         elif "model" not in loaded:
             loaded = {"model": loaded}
         if not isinstance(loaded["model"], dict):
-            raise ValueError(f"{filename}: its entry 'model' is a {type(loaded['model']).__name__}, not a dictionary of weights")
+            kind = type(loaded["model"]).__name__
+            raise ValueError(f"{filename}: its entry 'model' is a {kind}, not a dictionary of weights")
         if self._use_heuristics:
             loaded[_HEURISTICS] = True
         return loaded

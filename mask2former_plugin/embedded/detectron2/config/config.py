@@ -78,7 +78,7 @@ class CfgNode(_FvcoreCfgNode):
             raise ValueError(f"{cfg_filename}: {error}") from error
 
     def merge_from_list(self, cfg_list: list) -> None:
-        """Merge overrides ``[key, value, key, value, ...]``; text values are read as Python literals where they are some.
+        """Merge overrides ``[key, value, key, value, ...]``; text that is a Python literal is read as one.
 
         Raises:
             UnknownKeyError: a key that this tree lacks (an AssertionError); the nearest existing key is named.
@@ -158,10 +158,10 @@ def set_global_cfg(cfg: CfgNode) -> None:
 def configurable(init_func: Callable | None = None, *, from_config: Callable | None = None) -> Callable:
     """Let a class or function be called with explicit arguments or with a config.
 
-    Two forms: ``@configurable`` on the ``__init__`` of a class that has a classmethod ``from_config(cls, cfg, ...)``, and
-    ``@configurable(from_config=function)`` on a function. ``from_config`` returns the explicit arguments as a dict. The config
-    form is taken if the first argument, or the argument ``cfg``, is a config. Arguments that ``from_config`` accepts go to
-    it; other keyword arguments override its result.
+    Two forms: ``@configurable`` on the ``__init__`` of a class that has a classmethod ``from_config(cls, cfg, ...)``,
+    and ``@configurable(from_config=function)`` on a function. ``from_config`` returns the explicit arguments as a dict.
+    The config form is taken if the first argument, or the argument ``cfg``, is a config. Arguments that ``from_config``
+    accepts go to it; other keyword arguments override its result.
 
     Raises:
         AssertionError: the decorator sits on something else than described.

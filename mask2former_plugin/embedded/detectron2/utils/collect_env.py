@@ -15,8 +15,8 @@ import detectron2
 __all__ = ["collect_env_info"]
 
 _PACKAGES = (
-    "torchvision", "numpy", "pillow", "fvcore", "iopath", "omegaconf", "pycocotools", "faster-coco-eval", "opencv-python",
-    "opencv-python-headless", "scipy", "safetensors", "timm", "mask2former-plugin",
+    "torchvision", "numpy", "pillow", "fvcore", "iopath", "omegaconf", "pycocotools", "faster-coco-eval",
+    "opencv-python", "opencv-python-headless", "scipy", "safetensors", "timm", "mask2former-plugin",
 )  # fmt: skip
 
 
@@ -30,11 +30,15 @@ def _version(package: str) -> str | None:
 def _cuda_rows() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return [("GPU available", "No")]
-    rows = [("GPU available", "Yes"), ("CUDA of torch", str(torch.version.cuda)), ("cuDNN", str(torch.backends.cudnn.version()))]
+    rows = [
+        ("GPU available", "Yes"),
+        ("CUDA of torch", str(torch.version.cuda)),
+        ("cuDNN", str(torch.backends.cudnn.version())),
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        rows.append((f"GPU {index}", f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB, compute {capability})"))
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {index}", f"{properties.name} ({memory}, compute {properties.major}.{properties.minor})"))
     return rows
 
 

@@ -44,7 +44,7 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
         f"{world_size} processes cannot be split into machines of {num_workers_per_machine}"
     )
     own_machine = get_rank() // num_workers_per_machine
-    for machine in range(world_size // num_workers_per_machine):  # every process has to take part in creating every group
+    for machine in range(world_size // num_workers_per_machine):  # every process takes part in creating every group
         first = machine * num_workers_per_machine
         group = dist.new_group(list(range(first, first + num_workers_per_machine)))
         if machine == own_machine:

@@ -65,7 +65,7 @@ class EventStorage:
         Args:
             name: prefixed by the running :meth:`name_scope`.
             value: converted to float.
-            smoothing_hint: False if writers should show the latest value instead of a median; may not change for a name.
+            smoothing_hint: False if writers should show the latest value, not a median; may not change for a name.
             cur_iter: default :attr:`iter`.
         """
         name = self._prefix + name
@@ -187,7 +187,7 @@ class EventStorage:
         return self
 
     def __exit__(self, exc_type, exc_val, exc_tb) -> None:
-        assert _CURRENT_STORAGE_STACK[-1] is self, "EventStorage blocks were left in another order than they were entered"
+        assert _CURRENT_STORAGE_STACK[-1] is self, "EventStorage blocks must be left in the reverse order of entering"
         _CURRENT_STORAGE_STACK.pop()
 
 
@@ -217,7 +217,7 @@ class _NewScalars:
 
 
 class JSONWriter(EventWriter):
-    """Appends one JSON object per line and iteration: ``{"iteration": 19, "total_loss": 1.5, ...}``; null where not finite."""
+    """Appends one line of JSON per iteration, ``{"iteration": 19, "total_loss": 1.5, ...}``; null where not finite."""
 
     def __init__(self, json_file: str, window_size: int = 20) -> None:
         """
@@ -331,10 +331,9 @@ class CommonMetricPrinter(EventWriter):
         if eta is not None:
             fields.append(f"eta: {eta}")
         fields.append(f"iter: {storage.iter}")
-        fields += [f"{name}: {self._smoothed(storage, name):.4g}" for name in storage.histories() if "loss" in name]
-        fields += [
-            f"{name}: {self._smoothed(storage, name):.4g}" for name in storage.histories() if name.startswith("[metric]")
-        ]
+        losses = [name for name in storage.histories() if "loss" in name]
+        metrics = [name for name in storage.histories() if name.startswith("[metric]")]
+        fields += [f"{name}: {self._smoothed(storage, name):.4g}" for name in losses + metrics]
         for name in ("time", "data_time"):
             if name in storage.histories():
                 history = storage.history(name)

@@ -69,8 +69,8 @@ def setup_logger(
     """Set up a logger at level DEBUG; a repeated call adds only what is new.
 
     Args:
-        output: a file ending in ``.txt`` or ``.log``, or a folder that gets ``log.txt``; processes other than rank 0 write to
-            ``<file>.rank<N>``. None: no file.
+        output: a file ending in ``.txt`` or ``.log``, or a folder that gets ``log.txt``; processes other than rank 0
+            write to ``<file>.rank<N>``. None: no file.
         distributed_rank: number of this process; only rank 0 writes to the terminal.
         color: colours in the terminal.
         name: the logger's name, a package.
@@ -136,7 +136,9 @@ def _caller() -> tuple[str, tuple]:
     return module, (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
 
 
-def log_first_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | Sequence[str] = "caller") -> None:
+def log_first_n(
+    lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: str | Sequence[str] = "caller"
+) -> None:
     """Log a message only the first ``n`` times.
 
     Args:
