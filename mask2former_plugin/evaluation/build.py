@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -18,6 +19,8 @@ from detectron2.evaluation import (
 )
 
 from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
+
+logger = logging.getLogger(__name__)
 
 KNOWN_TYPES = (
     "sem_seg",
@@ -70,9 +73,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         if tasks.PANOPTIC_ON:
             evaluators.append(COCOPanopticEvaluator(dataset_name, output_folder))
         # COCO panoptic without semantic PNGs (as MaskFormer's files use it) and Mapillary without instance json have less to compare with
-        if tasks.SEMANTIC_ON and metadata.get("sem_seg_root"):
+        if tasks.SEMANTIC_ON and _has(metadata, "sem_seg_root", "mIoU"):
             evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
-        if tasks.INSTANCE_ON and metadata.get("json_file"):
+        if tasks.INSTANCE_ON and _has(metadata, "json_file", "AP"):
             instance_evaluator = COCOEvaluator if kind == "coco_panoptic_seg" else InstanceSegEvaluator
             evaluators.append(instance_evaluator(dataset_name, output_dir=output_folder))
     else:
@@ -86,3 +89,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             "MODEL.MASK_FORMER.TEST, as far as the dataset has such ground truth"
         )
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _has(metadata: Metadata, key: str, metric: str) -> bool:
+    if metadata.get(key):
+        return True
+    logger.info("No %s for %s: its metadata has no %s", metric, metadata.name, key)
+    return False
