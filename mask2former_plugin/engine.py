@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import time
@@ -24,6 +23,7 @@ from mask2former_plugin.checkpoint import Checkpointer
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import check_num_classes, register_custom_datasets
 from mask2former_plugin.data.mappers import build_mapper
+from mask2former_plugin.data.names import unknown_name
 from mask2former_plugin.evaluation import build_evaluator
 from mask2former_plugin.solver import build_optimizer
 from mask2former_plugin.test_time_augmentation import SemanticSegmentorWithTTA
@@ -163,6 +163,4 @@ def _check_datasets(cfg: CfgNode, training: bool) -> None:
             raise ValueError(f"DATASETS.{key} is empty: name at least one registered dataset")
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else f"; registered are {', '.join(sorted(known))}"
-                raise KeyError(f"DATASETS.{key}: unknown dataset {name!r}{hint}")
+                raise KeyError(unknown_name(f"dataset in DATASETS.{key}", name, known))

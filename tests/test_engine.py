@@ -122,9 +122,9 @@ def test_hook_order_keeps_the_best_after_the_evaluation(run, datasets, tmp_path)
 @pytest.mark.parametrize(
     "opts, message",
     [
-        (["DATASETS.TRAIN", "('coco_2017_trian',)"], "DATASETS.TRAIN: unknown dataset 'coco_2017_trian', did you mean 'coco_2017_train'"),
+        (["DATASETS.TRAIN", "('coco_2017_trian',)"], "Unknown dataset in DATASETS.TRAIN 'coco_2017_trian'. Did you mean 'coco_2017_train'"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
-        (["DATASETS.TEST", "('nothing_like_it',)"], "DATASETS.TEST: unknown dataset 'nothing_like_it'"),
+        (["DATASETS.TEST", "('nothing_like_it',)"], "Unknown dataset in DATASETS.TEST 'nothing_like_it'"),
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"], "NUM_CLASSES.*7.*8|8.*NUM_CLASSES.*7"),
         (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float8"], "SOLVER.AMP.PRECISION must be one of"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
