@@ -1,4 +1,4 @@
-"""Training in two processes: the update of one process with both shares of the batch, and the same weights everywhere."""
+"""Training in two processes: the update is that of one process with both shares of the batch."""
 
 import json
 import math
@@ -13,6 +13,10 @@ from detectron2.utils.events import JSONWriter
 from torch import nn
 from workers import run_in_processes
 
+# Upstream's trainer wraps models for GPUs only.
+pytestmark = pytest.mark.embedded_only
+
+WRITING_HOOKS = (hooks.PeriodicWriter, hooks.PeriodicCheckpointer)
 ITERATIONS = 4
 BATCH = 6
 
@@ -80,7 +84,7 @@ def train(folder):
         "after": model.state_dict(),
         "restored": restored.state_dict(),
         "start": resumed.start_iter,
-        "writes": [type(h).__name__ for h in trainer._hooks if isinstance(h, (hooks.PeriodicWriter, hooks.PeriodicCheckpointer))],
+        "writes": [type(h).__name__ for h in trainer._hooks if isinstance(h, WRITING_HOOKS)],
     }
 
 
@@ -156,7 +160,6 @@ def test_only_the_main_process_writes_and_all_resume(outcome):
             assert torch.equal(result["restored"][name], value)
 
 
-@pytest.mark.embedded_only
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(outcome):
     (first, second), _ = outcome
     for iteration, weight, message in (first["diverge"], second["diverge"]):

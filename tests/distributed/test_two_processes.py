@@ -151,7 +151,8 @@ def write_files(root):
 
 def register(root):
     dicts = [
-        {"image_id": i, "file_name": f"{i}.jpg", "sem_seg_file_name": str(root / f"semantic/{i}.png")} for i in range(IMAGES)
+        {"image_id": i, "file_name": f"{i}.jpg", "sem_seg_file_name": str(root / f"semantic/{i}.png")}
+        for i in range(IMAGES)
     ]
     DatasetCatalog.register("two_processes", lambda: dicts)
     MetadataCatalog.get("two_processes").set(

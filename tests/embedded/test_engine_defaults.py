@@ -130,8 +130,8 @@ def test_command_line():
 
 def test_help_names_every_flag_and_takes_an_epilog():
     text = default_argument_parser().format_help()
-    for flag in ("--config-file", "--resume", "--eval-only", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"):
-        assert flag in text
+    for flag in "config-file resume eval-only num-gpus num-machines machine-rank dist-url".split():
+        assert f"--{flag}" in text
     assert "only this  line" in default_argument_parser(epilog="only this  line").format_help()
 
 
@@ -287,7 +287,8 @@ def test_training_is_gradient_descent_with_momentum_and_schedule(tmp_path):
     trainer.train()
     for actual, expected in zip(weights(trainer), Reference(cfg).run(8), strict=True):
         torch.testing.assert_close(actual, expected)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000003.pth", "model_0000007.pth", "model_final.pth"]
+    checkpoints = sorted(p.name for p in tmp_path.glob("*.pth"))
+    assert checkpoints == ["model_0000003.pth", "model_0000007.pth", "model_final.pth"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [7, 8]
     assert lines[0]["lr"] == pytest.approx(0.01)

@@ -182,7 +182,8 @@ def test_write_metrics_with_a_prefix():
     trainer.register_hooks([Extra()])
     trainer.train(0, 1)
     latest = trainer.storage.latest()
-    assert (latest["extra_total_loss"], latest["a"], latest["b"], latest["data_time"]) == ((3.5, 4), (1.5, 4), (2.0, 4), (0.25, 4))
+    expected = {"extra_total_loss": (3.5, 4), "a": (1.5, 4), "b": (2.0, 4), "data_time": (0.25, 4)}
+    assert {name: latest[name] for name in expected} == expected
 
 
 class Breaks(Quadratic):

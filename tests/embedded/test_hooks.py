@@ -131,7 +131,9 @@ def test_a_parameter_schedule_covers_the_whole_training():
 
 def test_the_logged_group_stands_for_most_parameters():
     def optimizer(*groups):
-        return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1)) for _ in range(n)], "lr": lr} for n, lr in groups])
+        return torch.optim.SGD(
+            [{"params": [nn.Parameter(torch.zeros(1)) for _ in range(n)], "lr": lr} for n, lr in groups]
+        )
 
     best = hooks.LRScheduler.get_best_param_group_id
     assert best(optimizer((1, 0.1), (3, 0.2), (2, 0.3))) == 1
@@ -263,7 +265,9 @@ def test_results_that_are_no_numbers_are_named():
 def test_a_trainer_with_hooks_can_train_twice():
     done = []
     trainer = new_trainer(
-        hooks.IterationTimer(), hooks.EvalHook(0, lambda: done.append(1)), hooks.CallbackHook(after_train=lambda t: done.append(2))
+        hooks.IterationTimer(),
+        hooks.EvalHook(0, lambda: done.append(1)),
+        hooks.CallbackHook(after_train=lambda t: done.append(2)),
     )
     trainer.train(0, 1)
     trainer.train(1, 2)
@@ -294,7 +298,7 @@ def test_precise_statistics_are_the_means_over_the_batches():
     torch.testing.assert_close(model.bn.running_mean, everything.mean(0))
     # Each batch is as large as the others, so the variance of all is that of the batches and of their means.
     torch.testing.assert_close(model.bn.running_var, everything.var(0, unbiased=False), rtol=0.1, atol=0.0)
-    assert len(trainer.storage.history("seen").values()) == 3, "the extra passes must not log into the training's storage"
+    assert len(trainer.storage.history("seen").values()) == 3, "the extra passes log elsewhere"
 
 
 @pytest.mark.embedded_only

@@ -42,7 +42,8 @@ def test_without_options_there_is_one_group():
 
 def test_norm_layers_have_their_own_decay():
     model = Net()
-    groups = named_groups(model, get_default_optimizer_params(model, base_lr=0.1, weight_decay=0.3, weight_decay_norm=0.0))
+    params = get_default_optimizer_params(model, base_lr=0.1, weight_decay=0.3, weight_decay_norm=0.0)
+    groups = named_groups(model, params)
     assert groups == {
         frozenset(["linear.weight", "linear.bias", "embed.weight"]): {"lr": 0.1, "weight_decay": 0.3},
         frozenset(["bn.weight", "bn.bias", "ln.bias"]): {"lr": 0.1, "weight_decay": 0.0},
@@ -87,7 +88,11 @@ def test_contradicting_options_are_refused(options, text):
 def test_reduce_keeps_order_and_lets_the_later_option_win():
     a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     groups = reduce_param_groups(
-        [{"params": [a, b], "lr": 1.0, "betas": (0.9, 0.99)}, {"params": [c], "lr": 2.0, "betas": (0.9, 0.99)}, {"params": [a], "lr": 2.0}]
+        [
+            {"params": [a, b], "lr": 1.0, "betas": (0.9, 0.99)},
+            {"params": [c], "lr": 2.0, "betas": (0.9, 0.99)},
+            {"params": [a], "lr": 2.0},
+        ]
     )
     assert [(g["lr"], [id(p) for p in g["params"]]) for g in groups] == [(2.0, [id(a), id(c)]), (1.0, [id(b)])]
 

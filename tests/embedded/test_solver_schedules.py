@@ -168,7 +168,8 @@ def test_settings_that_contradict_are_refused():
     with pytest.raises(ValueError, match="BASE_LR_END"):
         build_lr_scheduler(solver_config("WarmupCosineLR", BASE_LR_END=2 * BASE), new_optimizer())
     with pytest.raises(ValueError, match="RESCALE_INTERVAL needs WARMUP_ITERS"):
-        build_lr_scheduler(solver_config("WarmupCosineLR", RESCALE_INTERVAL=True, MAX_ITER=10, WARMUP_ITERS=10), new_optimizer())
+        cfg = solver_config("WarmupCosineLR", RESCALE_INTERVAL=True, MAX_ITER=10, WARMUP_ITERS=10)
+        build_lr_scheduler(cfg, new_optimizer())
     with pytest.raises(ValueError, match="warm-up method 'quadratic'"):
         WarmupParamScheduler(CosineParamScheduler(1, 0), 0.1, 0.1, "quadratic")
     with pytest.raises(ValueError, match="ParamScheduler"):

@@ -2,8 +2,19 @@
 
 from detectron2.engine.launch import DEFAULT_TIMEOUT, launch
 from detectron2.engine.train_loop import AMPTrainer, HookBase, SimpleTrainer, TrainerBase
-from detectron2.engine.hooks import *  # noqa: F403  (the hooks' __all__)
-from detectron2.engine.hooks import __all__ as _hooks
+from detectron2.engine.hooks import (
+    AutogradProfiler,
+    BestCheckpointer,
+    CallbackHook,
+    EvalHook,
+    IterationTimer,
+    LRScheduler,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    PreciseBN,
+    TorchMemoryStats,
+    TorchProfiler,
+)
 from detectron2.engine.defaults import (
     DefaultPredictor,
     DefaultTrainer,
@@ -15,16 +26,26 @@ from detectron2.engine.defaults import (
 
 __all__ = [
     "AMPTrainer",
+    "AutogradProfiler",
+    "BestCheckpointer",
+    "CallbackHook",
     "DEFAULT_TIMEOUT",
     "DefaultPredictor",
     "DefaultTrainer",
+    "EvalHook",
     "HookBase",
+    "IterationTimer",
+    "LRScheduler",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+    "PreciseBN",
     "SimpleTrainer",
+    "TorchMemoryStats",
+    "TorchProfiler",
     "TrainerBase",
     "create_ddp_model",
     "default_argument_parser",
     "default_setup",
     "default_writers",
     "launch",
-    *_hooks,
 ]
