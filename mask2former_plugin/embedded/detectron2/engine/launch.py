@@ -104,8 +104,8 @@ def _run_worker(
         )
     except Exception as error:
         raise RuntimeError(
-            f"process {rank} of {world_size} cannot join the others at {dist_url} (if another run uses the port, choose "
-            f"another one by --dist-url, or 'auto'): {error}"
+            f"process {rank} of {world_size} cannot join the others at {dist_url} "
+            f"(if another run uses the port, choose another one by --dist-url, or 'auto'): {error}"
         ) from error
     comm.create_local_process_group(num_gpus_per_machine)
     # No process may start its collectives before all have joined.
