@@ -179,7 +179,7 @@ class MaskFormer(nn.Module):
         resize_masks = self.sem_seg_postprocess_before_inference
         tasks = self._tasks(class_logits, output_size)
         queries = needed_queries(tasks)
-        logits = masks.select(torch.full_like(queries, index), queries)
+        logits = masks.select(torch.full(queries.shape, index), queries)
         image_masks = ImageMasks(logits, padded_size, image_size, output_size if resize_masks else image_size)
         if resize_masks:
             return run_tasks(tasks, queries, image_masks)

@@ -32,9 +32,9 @@ class RowResize:
 
     def __init__(self, source: tuple[int, int], target: tuple[int, int], dtype: torch.dtype = torch.float32) -> None:
         self.source, self.target = tuple(source), tuple(target)
-        # the arithmetic of interpolate, in its precision, so that the weights are the same
-        scale = torch.tensor(self.source[0] / self.target[0], dtype=dtype)
-        position = ((torch.arange(self.target[0], dtype=dtype) + 0.5) * scale - 0.5).clamp(min=0)
+        # as interpolate: the scale in the precision of the maps, the position as a fused multiply-add
+        scale = torch.tensor(self.source[0] / self.target[0], dtype=dtype).double()
+        position = ((torch.arange(self.target[0], dtype=torch.float64) + 0.5) * scale - 0.5).clamp(min=0).to(dtype)
         self._upper = position.long().clamp(max=self.source[0] - 1)
         self._lower = (self._upper + 1).clamp(max=self.source[0] - 1)
         self._weight = (position - self._upper).clamp(0, 1)
