@@ -56,7 +56,7 @@ def test_names_of_log_files(tmp_path, capsys, logger_name, output, expected):
 
 
 def test_colour_is_for_the_terminal_only(tmp_path, capsys, logger_name, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("detectron2.utils.logger.colored", lambda text, *args, **kwargs: f"\x1b[31m{text}\x1b[0m")
     setup_logger(str(tmp_path), name=logger_name).error("red")
     assert "\x1b[" in capsys.readouterr().out
     assert "\x1b[" not in (tmp_path / "log.txt").read_text()
