@@ -39,7 +39,7 @@ def randomise(module):
     return module
 
 
-# ---------------------------------------------------------------------------------------------- frozen batch normalisation
+# ------------------------------------------------------------------------------------------ frozen batch normalisation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -79,7 +79,9 @@ def test_frozen_batch_norm_reads_affine_only_weights():
 
 
 def test_convert_frozen_batch_norm():
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), nn.Sequential(nn.BatchNorm2d(4, eps=0.1)), nn.GroupNorm(2, 4))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), nn.Sequential(nn.BatchNorm2d(4, eps=0.1)), nn.GroupNorm(2, 4)
+    )
     randomise(network).eval()
     with torch.no_grad():
         network[1].running_var.fill_(2.0)

@@ -63,7 +63,9 @@ def test_resnext_parameter_count():
 
 def test_parameter_names_of_resnet50():
     network = build(norm="FrozenBN")
-    expected = {f"stem.conv1.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")} | {"stem.conv1.weight"}
+    expected = {f"stem.conv1.norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")} | {
+        "stem.conv1.weight"
+    }
     for stage, count in zip(STAGES, (3, 4, 6, 3)):
         for block in range(count):
             for conv in ("conv1", "conv2", "conv3") + (("shortcut",) if block == 0 else ()):
@@ -180,8 +182,14 @@ def test_only_what_is_asked_for_is_built_and_returned():
     network = build(18, OUT_FEATURES=["stem", "res3"], device="cpu")
     assert not hasattr(network, "res4")
     features = network(torch.randn(1, 3, 32, 32))
-    assert {name: tuple(value.shape) for name, value in features.items()} == {"stem": (1, 64, 8, 8), "res3": (1, 128, 4, 4)}
-    assert network.output_shape() == {"stem": ShapeSpec(channels=64, stride=4), "res3": ShapeSpec(channels=128, stride=8)}
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "stem": (1, 64, 8, 8),
+        "res3": (1, 128, 4, 4),
+    }
+    assert network.output_shape() == {
+        "stem": ShapeSpec(channels=64, stride=4),
+        "res3": ShapeSpec(channels=128, stride=8),
+    }
 
 
 def test_classifier():
@@ -214,7 +222,9 @@ def test_make_stage():
     assert [block.conv2.dilation[0] for block in stage] == [1, 2, 4]
     assert [block.in_channels for block in stage] == [16, 64, 64]
     with pytest.raises(AssertionError):
-        ResNet.make_stage(BottleneckBlock, 3, in_channels=16, out_channels=64, bottleneck_channels=8, stride_per_block=[2, 1])
+        ResNet.make_stage(
+            BottleneckBlock, 3, in_channels=16, out_channels=64, bottleneck_channels=8, stride_per_block=[2, 1]
+        )
     with pytest.raises(AssertionError):
         ResNet.make_stage(
             BottleneckBlock, 1, in_channels=16, out_channels=64, bottleneck_channels=8, stride=1, stride_per_block=[2]
@@ -265,7 +275,9 @@ def test_bad_configs():
 def test_errors_name_key_and_neighbours():
     cfg = config()
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbon"
-    with pytest.raises(KeyError, match="MODEL.BACKBONE.NAME is 'build_resnet_backbon'.*did you mean build_resnet_backbone"):
+    with pytest.raises(
+        KeyError, match="MODEL.BACKBONE.NAME is 'build_resnet_backbon'.*did you mean build_resnet_backbone"
+    ):
         build_backbone(cfg)
     with pytest.raises(AssertionError, match=r"\['res6'\]; there are \['stem', 'res2'"):
         build(50, OUT_FEATURES=["res2", "res6"])

@@ -10,7 +10,8 @@ from detectron2 import modeling
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, DatasetMapperTTA, SemanticSegmentor, build_model, build_sem_seg_head
-from detectron2.modeling.meta_arch import GeneralizedRCNN, SemSegFPNHead
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 
 MEAN, STD = [10.0, 20.0, 30.0], [1.0, 2.0, 4.0]
@@ -181,10 +182,14 @@ def test_cuda_asked_for_and_missing(cfg, monkeypatch):
 @pytest.mark.embedded_only
 def test_errors_of_unknown_models(cfg):
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmenter"
-    with pytest.raises(KeyError, match="MODEL.META_ARCHITECTURE is 'SemanticSegmenter'.*did you mean SemanticSegmentor"):
+    with pytest.raises(
+        KeyError, match="MODEL.META_ARCHITECTURE is 'SemanticSegmenter'.*did you mean SemanticSegmentor"
+    ):
         build_model(cfg)
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-    with pytest.raises(NotImplementedError, match="the default: the config probably does not set the key.*SemanticSegmentor.*pip"):
+    with pytest.raises(
+        NotImplementedError, match="the default: the config probably does not set the key.*SemanticSegmentor.*pip"
+    ):
         build_model(cfg)
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     with pytest.raises(NotImplementedError, match="RetinaNet is not part of the embedded Detectron2"):

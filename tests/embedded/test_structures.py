@@ -48,7 +48,9 @@ def test_box_mode_values_and_json():
     assert BoxMode(json.loads(json.dumps({"mode": BoxMode.XYWH_ABS}))["mode"]) is BoxMode.XYWH_ABS
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.float64, np.float32, np.int64, torch.float64, torch.float32, torch.int64])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.float64, np.float32, np.int64, torch.float64, torch.float32, torch.int64]
+)
 def test_box_mode_round_trip_keeps_type_and_input(kind):
     values = [[3, 4, 10, 20], [0, 1, 2, 7]]
     if kind in (list, tuple):
@@ -84,8 +86,12 @@ def test_rotated_box_becomes_the_box_around_its_corners(angle):
     for dx in (-0.5, 0.5):
         for dy in (-0.5, 0.5):
             x, y = dx * size[0], dy * size[1]
-            corners.append((centre[0] + x * math.cos(radians) + y * math.sin(radians),
-                            centre[1] - x * math.sin(radians) + y * math.cos(radians)))
+            corners.append(
+                (
+                    centre[0] + x * math.cos(radians) + y * math.sin(radians),
+                    centre[1] - x * math.sin(radians) + y * math.cos(radians),
+                )
+            )
     corners = np.array(corners)
     expected = np.concatenate([corners.min(0), corners.max(0)])
     box = np.array([[*centre, *size, angle]])
@@ -166,7 +172,9 @@ def test_boxes_methods():
     assert "Boxes(tensor(" in repr(boxes)
 
 
-@pytest.mark.parametrize("raw", [[[1, 2, 3, 4]], np.array([[1.0, 2, 3, 4]]), torch.tensor([[1, 2, 3, 4]], dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "raw", [[[1, 2, 3, 4]], np.array([[1.0, 2, 3, 4]]), torch.tensor([[1, 2, 3, 4]], dtype=torch.float64)]
+)
 def test_boxes_are_float32(raw):
     assert Boxes(raw).tensor.dtype == torch.float32
     assert Boxes(raw).tensor.tolist() == [[1, 2, 3, 4]]
@@ -186,7 +194,9 @@ def test_boxes_refuse_bad_input():
 
 
 def make_instances():
-    return Instances((10, 20), classes=torch.arange(3), boxes=Boxes(random_boxes(3)), masks=BitMasks(torch.rand(3, 10, 20) > 0.5))
+    return Instances(
+        (10, 20), classes=torch.arange(3), boxes=Boxes(random_boxes(3)), masks=BitMasks(torch.rand(3, 10, 20) > 0.5)
+    )
 
 
 def test_instances_fields():
@@ -222,7 +232,13 @@ def test_instances_indexing():
     for i in range(-3, 3):
         assert instances[i].classes.tolist() == [instances.classes[i].item()]
         assert torch.equal(instances[i].masks.tensor[0], instances.masks.tensor[i])
-    for index in (torch.tensor([True, False, True]), np.array([True, False, True]), [0, 2], torch.tensor([0, 2]), slice(0, 3, 2)):
+    for index in (
+        torch.tensor([True, False, True]),
+        np.array([True, False, True]),
+        [0, 2],
+        torch.tensor([0, 2]),
+        slice(0, 3, 2),
+    ):
         assert instances[index].classes.tolist() == [0, 2]
         assert torch.equal(instances[index].boxes.tensor, instances.boxes.tensor[[0, 2]])
     for wrong in (3, -4):
@@ -384,7 +400,9 @@ def test_polygon_masks_beyond_upstream():
 
 
 @pytest.mark.parametrize(
-    "polygons", [np.ones(6), [np.ones(6)], [[np.ones(4)]], [[np.ones(7)]]], ids=["array", "flat", "two points", "half a point"]
+    "polygons",
+    [np.ones(6), [np.ones(6)], [[np.ones(4)]], [[np.ones(7)]]],
+    ids=["array", "flat", "two points", "half a point"],
 )
 def test_polygon_masks_refuse_bad_input(polygons):
     with pytest.raises(ValueError):

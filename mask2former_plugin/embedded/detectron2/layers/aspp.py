@@ -35,7 +35,7 @@ class ASPP(nn.Module):
             dilations: of the three 3×3 branches.
             norm: of every branch but the pooled one, and of the projection.
             activation: copied for every convolution.
-            pool_kernel_size: average over windows of this size, which must divide the input; None averages over everything.
+            pool_kernel_size: average over windows of this size, which must divide the input; None: over everything.
             dropout: after the projection.
             use_depthwise_separable_conv: in the 3×3 branches.
         """
@@ -46,7 +46,12 @@ class ASPP(nn.Module):
 
         def conv(channels: int, **kwargs: int) -> Conv2d:
             layer = Conv2d(
-                channels, out_channels, bias=not norm, norm=get_norm(norm, out_channels), activation=deepcopy(activation), **kwargs
+                channels,
+                out_channels,
+                bias=not norm,
+                norm=get_norm(norm, out_channels),
+                activation=deepcopy(activation),
+                **kwargs,
             )
             weight_init.c2_xavier_fill(layer)
             return layer

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation with constant statistics and constant affine transform.
 
-    All four tensors are buffers, so that checkpoints carry them and optimizers don't see them. Without training it is the
+    All four tensors are buffers, so that checkpoints carry them and optimizers don't see them. A new one is the
     identity up to rounding.
     """
 
@@ -83,8 +83,8 @@ def _world_size() -> int:
 def _shared_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """Training-mode batch normalisation with the statistics of all workers, from differentiable all-reduces.
 
-    Every pixel of every worker counts the same, so the result is that of one worker with the whole batch; workers may differ in
-    batch and image size. Mean and variance go in two passes, which loses no digits where the mean is large.
+    Every pixel of every worker counts the same, so the result is that of one worker with the whole batch; workers may
+    differ in batch and image size. Mean and variance go in two passes, which loses no digits where the mean is large.
     """
     axes = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -110,10 +110,10 @@ def _shared_batch_norm(module: nn.modules.batchnorm._BatchNorm, x: torch.Tensor)
 
 
 class NaiveSyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that shares its statistics over all workers with plain collectives, on any device and backend.
+    """Batch normalisation that shares its statistics over all workers, on any device and backend.
 
-    ``torch.nn.SyncBatchNorm`` does that on accelerators only. Statistics and gradients equal those of one worker with the whole
-    batch. ``stats_mode`` ("" or "N") is accepted for compatibility: both are the exact statistics here.
+    ``torch.nn.SyncBatchNorm`` does that on accelerators only. Statistics and gradients equal those of one worker with
+    the whole batch. ``stats_mode`` ("" or "N") is accepted for compatibility: both are the exact statistics here.
     """
 
     def __init__(self, *args: Any, stats_mode: str = "", **kwargs: Any):
@@ -167,8 +167,8 @@ def get_norm(norm: str | Callable[[int], nn.Module] | None, out_channels: int) -
     """The normalisation layer of a config key such as ``MODEL.RESNETS.NORM``.
 
     Args:
-        norm: BN, SyncBN, FrozenBN, GN (32 groups), LN (channels first), nnSyncBN, naiveSyncBN, naiveSyncBN_N; or a callable that
-            takes the number of channels; or "" or None for none.
+        norm: BN, SyncBN, FrozenBN, GN (32 groups), LN (channels first), nnSyncBN, naiveSyncBN, naiveSyncBN_N; or a
+            callable that takes the number of channels; or "" or None for none.
 
     Raises:
         KeyError: unknown name.

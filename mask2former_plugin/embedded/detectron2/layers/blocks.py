@@ -52,7 +52,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         norm2: Norm = None,
         activation2: Callable | None = None,
     ):
-        """``norm1`` and ``activation1`` follow the depthwise, ``norm2`` and ``activation2`` the pointwise convolution."""
+        """``norm1`` and ``activation1`` follow the depthwise convolution, the others the pointwise one."""
         super().__init__()
         self.depthwise = Conv2d(
             in_channels,
@@ -66,7 +66,12 @@ class DepthwiseSeparableConv2d(nn.Module):
             activation=activation1,
         )
         self.pointwise = Conv2d(
-            in_channels, out_channels, kernel_size=1, bias=not norm2, norm=get_norm(norm2, out_channels), activation=activation2
+            in_channels,
+            out_channels,
+            kernel_size=1,
+            bias=not norm2,
+            norm=get_norm(norm2, out_channels),
+            activation=activation2,
         )
         weight_init.c2_msra_fill(self.depthwise)
         weight_init.c2_msra_fill(self.pointwise)

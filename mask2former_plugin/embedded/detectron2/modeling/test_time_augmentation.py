@@ -15,8 +15,8 @@ from detectron2.config import CfgNode, configurable
 class DatasetMapperTTA:
     """Makes several versions of a model input.
 
-    Every version is a copy of the input with another ``image`` and with ``transforms``, which lead from the original image (of
-    ``height`` × ``width``) to it.
+    Every version is a copy of the input with another ``image`` and with ``transforms``, which lead from the original
+    image (of ``height`` × ``width``) to it.
     """
 
     @configurable

@@ -1,6 +1,12 @@
 """Boxes, masks, instances and image batches."""
 
-from detectron2.structures._left_out import Keypoints, ROIMasks, RotatedBoxes, heatmaps_to_keypoints, pairwise_iou_rotated
+from detectron2.structures._left_out import (
+    Keypoints,
+    ROIMasks,
+    RotatedBoxes,
+    heatmaps_to_keypoints,
+    pairwise_iou_rotated,
+)
 from detectron2.structures.boxes import Boxes, BoxMode, pairwise_ioa, pairwise_iou, pairwise_point_box_distance
 from detectron2.structures.image_list import ImageList
 from detectron2.structures.instances import Instances

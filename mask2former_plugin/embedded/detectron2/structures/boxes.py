@@ -54,7 +54,9 @@ class BoxMode(IntEnum):
                 f"a {from_mode.name} box as list or tuple has {length} numbers, got {box!r}"
             )
             return type(box)(_convert_array(np.asarray(box), from_mode, to_mode).tolist())
-        assert box.shape[-1] == length, f"{from_mode.name} boxes have {length} numbers, got the shape {tuple(box.shape)}"
+        assert box.shape[-1] == length, (
+            f"{from_mode.name} boxes have {length} numbers, got the shape {tuple(box.shape)}"
+        )
         return _convert_array(box, from_mode, to_mode)
 
 
@@ -211,13 +213,13 @@ def pairwise_ioa(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
 
 
 def pairwise_point_box_distance(points: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-    """Distances of points (N, 2) to the left, top, right and bottom of M boxes, shape (N, M, 4); all >= 0 means inside."""
+    """Distances of points (N, 2) to left, top, right and bottom of M boxes, shape (N, M, 4); all >= 0 means inside."""
     point = points[:, None]
     return torch.cat((point - boxes.tensor[:, :2], boxes.tensor[:, 2:] - point), dim=2)
 
 
 def matched_pairwise_iou(boxes1: Boxes, boxes2: Boxes) -> torch.Tensor:
-    """Intersection over union of the i-th of N boxes with the i-th of N others, shape (N,); 0 for boxes without area."""
+    """Intersection over union of N boxes with N others, one by one, shape (N,); 0 for boxes without area."""
     assert len(boxes1) == len(boxes2), f"need as many boxes as boxes, got {len(boxes1)} and {len(boxes2)}"
     top_left = torch.max(boxes1.tensor[:, :2], boxes2.tensor[:, :2])
     bottom_right = torch.min(boxes1.tensor[:, 2:], boxes2.tensor[:, 2:])

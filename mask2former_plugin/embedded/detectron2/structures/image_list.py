@@ -54,8 +54,8 @@ class ImageList:
             tensors: images (H, W) or (C, H, W), of one C.
             size_divisibility: height and width of the batch become multiples of it, if above 1.
             pad_value: value of the padding.
-            padding_constraints: what ``Backbone.padding_constraints`` asks for: ``size_divisibility`` takes precedence over the
-                argument, ``square_size`` (if positive) makes the batch square with at least this side.
+            padding_constraints: what ``Backbone.padding_constraints`` asks for: ``size_divisibility`` takes precedence
+                over the argument, ``square_size`` (if positive) makes the batch square with at least this side.
         """
         assert len(tensors) > 0, "cannot make a batch of no images"
         divisor, square = size_divisibility, 0
@@ -80,7 +80,8 @@ class ImageList:
             height = (height + divisor - 1) // divisor * divisor
             width = (width + divisor - 1) // divisor * divisor
         padded = [
-            F.pad(tensor, [0, width - tensor.shape[-1], 0, height - tensor.shape[-2]], value=pad_value) for tensor in tensors
+            F.pad(tensor, [0, width - tensor.shape[-1], 0, height - tensor.shape[-2]], value=pad_value)
+            for tensor in tensors
         ]
         batch = padded[0].unsqueeze(0) if len(padded) == 1 else torch.stack(padded)
         return ImageList(batch.contiguous(), image_sizes)

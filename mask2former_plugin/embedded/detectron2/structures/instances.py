@@ -12,7 +12,7 @@ import torch
 class Instances:
     """The N objects of one image as fields of length N: boxes, masks, classes, scores, …
 
-    Fields are set and read as attributes (``instances.gt_boxes = boxes``) and may have any type with ``len`` and indexing.
+    Fields are attributes (``instances.gt_boxes = boxes``) of any type with ``len`` and indexing.
     Indexing gives an ``Instances`` with the chosen objects. Names that start with an underscore are not fields.
     """
 
@@ -40,7 +40,9 @@ class Instances:
 
     def __getattr__(self, name: str) -> Any:
         if name == "_fields" or name not in self._fields:
-            raise AttributeError(f"these Instances have no field '{name}'; there are {list(self.__dict__.get('_fields', ()))}")
+            raise AttributeError(
+                f"these Instances have no field '{name}'; there are {list(self.__dict__.get('_fields', ()))}"
+            )
         return self._fields[name]
 
     def set(self, name: str, value: Any) -> None:
@@ -51,7 +53,9 @@ class Instances:
         """
         assert name != "image_size", "image_size is fixed; make new Instances for another size"
         if self._fields:
-            assert len(value) == len(self), f"field '{name}' has length {len(value)}, these Instances have length {len(self)}"
+            assert len(value) == len(self), (
+                f"field '{name}' has length {len(value)}, these Instances have length {len(self)}"
+            )
         self._fields[name] = value
 
     def has(self, name: str) -> bool:

@@ -56,7 +56,9 @@ class BitMasks:
         if isinstance(item, int):
             return BitMasks(self.tensor[item].unsqueeze(0))
         chosen = self.tensor[item]
-        assert chosen.dim() == 3, f"indexing {len(self)} masks gave the shape {tuple(chosen.shape)} instead of (N, H, W)"
+        assert chosen.dim() == 3, (
+            f"indexing {len(self)} masks gave the shape {tuple(chosen.shape)} instead of (N, H, W)"
+        )
         return BitMasks(chosen)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -122,7 +124,9 @@ class PolygonMasks:
             ValueError: not a list of lists of polygons, or a polygon with fewer than 3 points or half a point.
         """
         if not isinstance(polygons, list):
-            raise ValueError(f"PolygonMasks takes a list with a list of polygons per object, got {type(polygons).__name__}")
+            raise ValueError(
+                f"PolygonMasks takes a list with a list of polygons per object, got {type(polygons).__name__}"
+            )
         self.polygons: list[list[np.ndarray]] = [_checked_polygons(of_object) for of_object in polygons]
 
     @property

@@ -14,8 +14,8 @@ from detectron2.layers import ShapeSpec
 class Backbone(nn.Module, metaclass=ABCMeta):
     """A network from images to feature maps.
 
-    Subclasses set ``_out_features`` (names), ``_out_feature_channels`` and ``_out_feature_strides`` (by name), or override
-    ``output_shape``.
+    Subclasses set ``_out_features`` (names), ``_out_feature_channels`` and ``_out_feature_strides`` (by name), or
+    override ``output_shape``.
     """
 
     def __init__(self) -> None:

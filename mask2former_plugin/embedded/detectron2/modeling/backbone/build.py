@@ -9,7 +9,9 @@ from detectron2.modeling.backbone.backbone import Backbone
 from detectron2.utils.registry import Registry
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
-BACKBONE_REGISTRY.__doc__ = "Callables ``(cfg, input_shape: ShapeSpec) -> Backbone``, chosen by ``MODEL.BACKBONE.NAME``."
+BACKBONE_REGISTRY.__doc__ = (
+    "Callables ``(cfg, input_shape: ShapeSpec) -> Backbone``, chosen by ``MODEL.BACKBONE.NAME``."
+)
 
 
 def build_backbone(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> Backbone:

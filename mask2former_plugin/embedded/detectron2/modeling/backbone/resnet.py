@@ -25,7 +25,7 @@ FIRST_BOTTLENECK_DEPTH = 50
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int, *, norm: Norm, **kwargs: int) -> Conv2d:
-    """Same-size convolution without bias, then ``norm``; Kaiming initialisation. ``kwargs``: stride, dilation, groups."""
+    """Padded convolution without bias, then ``norm``; Kaiming initialisation. ``kwargs``: stride, dilation, groups."""
     padding = kernel_size // 2 * kwargs.get("dilation", 1)
     conv = Conv2d(
         in_channels, out_channels, kernel_size, padding=padding, bias=False, norm=get_norm(norm, out_channels), **kwargs
@@ -85,7 +85,7 @@ class BottleneckBlock(_ResidualBlock):
             bottleneck_channels: of the 3×3 convolution.
             num_groups: of the 3×3 convolution.
             norm: see ``get_norm``.
-            stride_in_1x1: the first 1×1 convolution has the stride (the original ResNets), not the 3×3 one (torchvision's).
+            stride_in_1x1: the first 1×1 convolution has the stride (original ResNets), not the 3×3 one (torchvision's).
             dilation: of the 3×3 convolution.
         """
         super().__init__(in_channels, out_channels, stride, norm)
@@ -201,7 +201,7 @@ class ResNet(Backbone):
         return shapes
 
     def freeze(self, freeze_at: int = 0) -> ResNet:
-        """Freeze the first modules: 1 is the stem, 2 adds ``res2``, and so on; 0 is none. Returns the network itself."""
+        """Freeze the first modules: 1 is the stem, 2 adds ``res2`` and so on; 0 is none. Returns the network."""
         if freeze_at >= 1:
             self.stem.freeze()
         for index, stage in enumerate(self.stages, start=2):
@@ -257,7 +257,12 @@ class ResNet(Backbone):
             strides = [1 if index == 0 else 2] + [1] * (count - 1)
             stages.append(
                 ResNet.make_stage(
-                    block_class, count, stride_per_block=strides, in_channels=in_channels, out_channels=out_channels, **kwargs
+                    block_class,
+                    count,
+                    stride_per_block=strides,
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    **kwargs,
                 )
             )
             in_channels = out_channels

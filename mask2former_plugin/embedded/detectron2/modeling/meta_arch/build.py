@@ -21,12 +21,14 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
     Raises:
         KeyError: nobody registered the model.
-        NotImplementedError: a model that only upstream Detectron2 has; with the default value the key is probably not set.
+        NotImplementedError: a model that only upstream Detectron2 has; with the default value, the key is hardly set.
         RuntimeError: CUDA is asked for and not available.
     """
     name = cfg.MODEL.META_ARCHITECTURE
     if name in UPSTREAM_META_ARCHITECTURES and name not in META_ARCH_REGISTRY:
-        default = ", which is the default: the config probably does not set the key" if name == "GeneralizedRCNN" else ""
+        default = (
+            ", which is the default: the config probably does not set the key" if name == "GeneralizedRCNN" else ""
+        )
         registered = ", ".join(registered_names(META_ARCH_REGISTRY))
         needs_upstream(f"MODEL.META_ARCHITECTURE is '{name}'{default} (registered are: {registered}). {name}")
     model_class = lookup(META_ARCH_REGISTRY, name, "MODEL.META_ARCHITECTURE")

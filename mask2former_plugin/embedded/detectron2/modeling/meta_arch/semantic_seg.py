@@ -48,7 +48,9 @@ class SemanticSegmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     @classmethod
@@ -98,7 +100,9 @@ class SemanticSegmentor(nn.Module):
         for inputs in batched_inputs:
             if "sem_seg" not in inputs:
                 source = inputs.get("file_name", "an image")
-                raise ValueError(f"training needs the labels 'sem_seg' of every image; {source} has only {sorted(inputs)}")
+                raise ValueError(
+                    f"training needs the labels 'sem_seg' of every image; {source} has only {sorted(inputs)}"
+                )
         labels = [inputs["sem_seg"].to(self.device) for inputs in batched_inputs]
         return self._to_batch(labels, self.sem_seg_head.ignore_value).tensor
 
@@ -180,7 +184,7 @@ class SemSegFPNHead(nn.Module):
     def forward(
         self, features: dict[str, torch.Tensor], targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Training: ``(None, losses)`` for labels (N, H, W). Otherwise ``(scores (N, K, H, W), {})`` at the input size."""
+        """Training: ``(None, losses)`` for labels (N, H, W). Else ``(scores (N, K, H, W), {})`` at the input size."""
         scores = self.layers(features)
         if self.training:
             return None, self.losses(scores, targets)

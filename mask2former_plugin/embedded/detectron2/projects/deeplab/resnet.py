@@ -36,14 +36,16 @@ STEMS = {"basic": BasicStem, "deeplab": DeepLabStem}
 def build_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """The ResNet of ``cfg.MODEL.RESNETS`` with the keys of ``add_deeplab_config``.
 
-    ``STEM_TYPE`` is basic or deeplab; ``RES4_DILATION`` 1 or 2 and ``RES5_DILATION`` 1, 2 or 4 replace strides by dilation;
-    ``RES5_MULTI_GRID`` multiplies the dilation of the three blocks of ``res5``.
+    ``STEM_TYPE`` is basic or deeplab; ``RES4_DILATION`` 1 or 2 and ``RES5_DILATION`` 1, 2 or 4 replace strides by
+    dilation; ``RES5_MULTI_GRID`` multiplies the dilation of the three blocks of ``res5``.
     """
     options = cfg.MODEL.RESNETS
     if options.STEM_TYPE not in STEMS:
         raise ValueError(f"MODEL.RESNETS.STEM_TYPE must be one of {list(STEMS)}, is '{options.STEM_TYPE}'")
     assert options.RES4_DILATION in (1, 2), f"MODEL.RESNETS.RES4_DILATION must be 1 or 2, is {options.RES4_DILATION}"
-    assert options.RES5_DILATION in (1, 2, 4), f"MODEL.RESNETS.RES5_DILATION must be 1, 2 or 4, is {options.RES5_DILATION}"
+    assert options.RES5_DILATION in (1, 2, 4), (
+        f"MODEL.RESNETS.RES5_DILATION must be 1, 2 or 4, is {options.RES5_DILATION}"
+    )
     assert options.RES4_DILATION == 1 or options.RES5_DILATION == 4, (
         f"MODEL.RESNETS.RES5_DILATION must be 4 where RES4_DILATION is 2; it is {options.RES5_DILATION}"
     )

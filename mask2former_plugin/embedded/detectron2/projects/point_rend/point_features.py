@@ -14,7 +14,7 @@ def point_sample(input: torch.Tensor, point_coords: torch.Tensor, **kwargs: Any)
 
     Args:
         input: (N, C, H, W).
-        point_coords: (N, P, 2) or (N, Hg, Wg, 2), x and y in [0, 1] × [0, 1] where 0 and 1 are the outer edges of the map.
+        point_coords: (N, P, 2) or (N, Hg, Wg, 2), x and y in [0, 1], where 0 and 1 are the outer edges of the map.
         kwargs: those of ``F.grid_sample``, e.g. ``mode``, ``align_corners``.
 
     Returns:
@@ -43,7 +43,7 @@ def get_uncertain_point_coords_with_randomness(
 ) -> torch.Tensor:
     """Training points that lean towards uncertain places (PointRend, section 3.1).
 
-    Draws ``oversample_ratio * num_points`` uniform points, keeps the most uncertain of them and fills up with uniform points.
+    Draws ``oversample_ratio * num_points`` uniform points, keeps the most uncertain and fills up with uniform points.
 
     Args:
         coarse_logits: (N, C, H, W), or (N, 1, H, W) for class-agnostic masks.
@@ -59,7 +59,7 @@ def get_uncertain_point_coords_with_randomness(
     assert 0 <= importance_sample_ratio <= 1, f"importance_sample_ratio must be in [0, 1], is {importance_sample_ratio}"
     count, device = coarse_logits.shape[0], coarse_logits.device
     candidates = torch.rand(count, int(num_points * oversample_ratio), 2, device=device)
-    # The function is evaluated at the points: the uncertainty of an interpolated logit is not the interpolated uncertainty.
+    # Sample first: the uncertainty of an interpolated logit is not the interpolated uncertainty.
     uncertainty = uncertainty_func(point_sample(coarse_logits, candidates))
     num_uncertain = int(importance_sample_ratio * num_points)
     chosen = uncertainty[:, 0].topk(num_uncertain, dim=1).indices
