@@ -65,3 +65,13 @@ def test_impossible_starts_are_refused_before_any_process(monkeypatch):
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True, device_count=lambda: 2))
     with pytest.raises(ValueError, match="4 GPUs were asked for .*this machine has 2"):
         launch(never, 4)
+
+
+@pytest.mark.embedded_only
+def test_processes_on_the_cpu_are_announced(monkeypatch, caplog):
+    started = []
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda *args, nprocs, **kwargs: started.append(nprocs))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    launch(print, 3)
+    assert started == [3]
+    assert "the 3 processes of this machine run on its CPU" in caplog.text

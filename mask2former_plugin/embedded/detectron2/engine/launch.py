@@ -56,7 +56,7 @@ def launch(
                 f"{num_gpus_per_machine} GPUs were asked for (--num-gpus), this machine has {torch.cuda.device_count()}"
             )
     else:
-        logger.info("No CUDA device: the %d processes of this machine run on its CPU (Gloo)", num_gpus_per_machine)
+        logger.warning("No CUDA device: the %d processes of this machine run on its CPU (Gloo)", num_gpus_per_machine)
     if dist_url is None or dist_url == "auto":
         if num_machines > 1:
             raise ValueError("with several machines --dist-url must name the first one, e.g. tcp://10.0.0.1:29500")
