@@ -21,17 +21,19 @@ _PIXELS_AT_ONCE = 2**22
 
 
 class SetCriterion(nn.Module):
-    """Matches the predictions to the targets and computes the losses (MaskFormer, section 3.2; Mask2Former, section 3.3).
+    """Matching and losses of all predictions (MaskFormer, section 3.2; Mask2Former, section 3.3).
 
-    ``loss_ce``: cross-entropy of all queries, unmatched ones against "no object" with weight ``eos_coef``. ``loss_mask`` and
-    ``loss_dice`` of the matched queries, divided by the number of targets averaged over all workers of all nodes:
+    ``loss_ce``: cross-entropy of all queries, unmatched ones against "no object" with weight ``eos_coef``.
+    ``loss_mask`` and ``loss_dice`` of the matched queries, divided by the number of targets averaged over all workers
+    of all nodes:
 
-    - ``num_points > 0`` (Mask2Former): binary cross-entropy and dice at points, of which ``importance_sample_ratio`` are the most
-      uncertain of ``oversample_ratio * num_points`` random ones and the rest is random;
+    - ``num_points > 0`` (Mask2Former): binary cross-entropy and dice at points, of which ``importance_sample_ratio``
+      are the most uncertain of ``oversample_ratio * num_points`` random ones and the rest is random;
     - ``num_points = 0`` (MaskFormer): focal loss and dice over all pixels of the padded images.
 
-    Auxiliary predictions are matched anew and their losses carry the suffix ``_0``, ``_1``, … Predictions none of whose losses is in
-    ``weight_dict`` are skipped. For one seed the random points are those of the original implementation.
+    Auxiliary predictions are matched anew and their losses carry the suffix ``_0``, ``_1``, … Predictions none of
+    whose losses is in ``weight_dict`` are skipped. For one seed the random points are those of the original
+    implementation.
 
     Args:
         num_classes: classes without "no object", which is the last.
@@ -74,7 +76,15 @@ class SetCriterion(nn.Module):
         self.register_buffer("empty_weight", empty_weight)
 
     def extra_repr(self) -> str:
-        names = ("num_classes", "eos_coef", "losses", "num_points", "oversample_ratio", "importance_sample_ratio", "weight_dict")
+        names = (
+            "num_classes",
+            "eos_coef",
+            "losses",
+            "num_points",
+            "oversample_ratio",
+            "importance_sample_ratio",
+            "weight_dict",
+        )
         return "\n".join(f"{name}={getattr(self, name)}" for name in names)
 
     def forward(
@@ -83,7 +93,8 @@ class SetCriterion(nn.Module):
         """Losses, not yet weighted.
 
         Args:
-            outputs: ``pred_logits`` ``[B, Q, K+1]``, ``mask_logits`` or ``pred_masks``, and ``aux_outputs``, a list of the same.
+            outputs: ``pred_logits`` ``[B, Q, K+1]``, ``mask_logits`` or ``pred_masks``, and ``aux_outputs``, a list
+                of the same.
             targets: one per image: ``labels`` ``[n]`` int64 and ``masks`` ``[n, h, w]``, bool or uint8, not padded.
             padded_size: size of the padded images of the batch; by default the smallest that holds all masks.
 
@@ -114,7 +125,9 @@ class SetCriterion(nn.Module):
         return result
 
     def _wanted(self, suffix: str) -> bool:
-        return not self.weight_dict or any(f"{name}{suffix}" in self.weight_dict for name in ("loss_ce", "loss_mask", "loss_dice"))
+        return not self.weight_dict or any(
+            f"{name}{suffix}" in self.weight_dict for name in ("loss_ce", "loss_mask", "loss_dice")
+        )
 
     def _draw_points(
         self, predictions: Sequence[Mapping], targets: Sequence[Mapping], device: torch.device
@@ -127,7 +140,9 @@ class SetCriterion(nn.Module):
             if self.num_points and "masks" in self.losses:
                 matched = sum(min(len(t["labels"]), prediction["pred_logits"].shape[1]) for t in targets)
                 candidates = DeferredRand(matched, int(self.num_points * self.oversample_ratio), 2, device=device)
-                losses.append((candidates, DeferredRand(matched, self.num_points - self._num_uncertain, 2, device=device)))
+                losses.append(
+                    (candidates, DeferredRand(matched, self.num_points - self._num_uncertain, 2, device=device))
+                )
         return matching or None, losses
 
     @property
@@ -159,7 +174,9 @@ class SetCriterion(nn.Module):
             ]
         )
         sampled = sample_logits(logits, points)
-        cross_entropy = F.binary_cross_entropy_with_logits(sampled, truth.to(sampled.dtype), reduction="none").mean(1).sum()
+        cross_entropy = (
+            F.binary_cross_entropy_with_logits(sampled, truth.to(sampled.dtype), reduction="none").mean(1).sum()
+        )
         return cross_entropy, dice_losses(sampled.sigmoid(), truth).sum()
 
 
@@ -182,7 +199,7 @@ def dice_losses(probability: Tensor, truth: Tensor) -> Tensor:
 def dense_losses(
     masks: MaskLogits, targets: Sequence[Mapping], matches: Sequence[Match], padded_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Focal loss (mean over pixels) and dice loss of the matched masks at the size of the padded images, summed over masks.
+    """Focal (mean over pixels) and dice loss of the matched masks at the size of the padded images, summed over masks.
 
     The full-size maps of a few masks at a time exist, in the forward and again in the backward pass.
     """
@@ -193,7 +210,12 @@ def dense_losses(
         chosen = match[1].to(logits.device)
         for some_logits, some in zip(own_logits.split(at_once), chosen.split(at_once)):
             sums = checkpoint(
-                _dense_losses, some_logits, target["masks"][some], padded_size, use_reentrant=False, preserve_rng_state=False
+                _dense_losses,
+                some_logits,
+                target["masks"][some],
+                padded_size,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             focal, dice = focal + sums[0], dice + sums[1]
     return focal, dice

@@ -17,7 +17,7 @@ Match = tuple[Tensor, Tensor]
 
 
 def in_full_precision(predictions: Sequence[Mapping]) -> list[tuple[Tensor, MaskLogits]]:
-    """Class logits and mask logits of each prediction, at least in float32; factors that predictions share are converted once."""
+    """Class and mask logits of each prediction, in float32 or more; what predictions share is converted once."""
     converted: dict[int, Tensor] = {}
 
     def convert(tensor: Tensor) -> Tensor:
@@ -35,17 +35,20 @@ def in_full_precision(predictions: Sequence[Mapping]) -> list[tuple[Tensor, Mask
 
 
 class HungarianMatcher(nn.Module):
-    """Assigns every target of an image to one query at the least total cost (MaskFormer, section 3.2; Mask2Former, section 3.3).
+    """Gives each target of an image a query of its own, at the least total cost (MaskFormer 3.2, Mask2Former 3.3).
 
     cost = ``cost_class`` · (−class probability) + ``cost_mask`` · mask cost + ``cost_dice`` · (1 − dice)
 
-    With ``num_points`` the mask cost is the binary cross-entropy at so many random points, the same for all queries and targets of an image.
-    With ``num_points=0`` it is the focal loss over all pixels of the prediction, targets shrunk to it by nearest neighbour.
+    With ``num_points`` the mask cost is the binary cross-entropy at so many random points, the same for all queries
+    and targets of an image. With ``num_points=0`` it is the focal loss over all pixels of the prediction, targets
+    shrunk to it by nearest neighbour.
 
     All costs are computed on the device in float32 with autocast off, and brought to the host in one transfer.
     """
 
-    def __init__(self, cost_class: float = 1.0, cost_mask: float = 1.0, cost_dice: float = 1.0, num_points: int = 0) -> None:
+    def __init__(
+        self, cost_class: float = 1.0, cost_mask: float = 1.0, cost_dice: float = 1.0, num_points: int = 0
+    ) -> None:
         super().__init__()
         if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
             raise ValueError("cost_class, cost_mask and cost_dice are all 0: at least one must count")
@@ -57,7 +60,9 @@ class HungarianMatcher(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={getattr(self, k)}" for k in ("cost_class", "cost_mask", "cost_dice", "num_points"))
 
-    def forward(self, outputs: Mapping, targets: Sequence[Mapping], padded_size: tuple[int, int] | None = None) -> list[Match]:
+    def forward(
+        self, outputs: Mapping, targets: Sequence[Mapping], padded_size: tuple[int, int] | None = None
+    ) -> list[Match]:
         """Matches of one prediction; see :meth:`match`."""
         return self.match([outputs], targets, padded_size)[0]
 
@@ -75,10 +80,12 @@ class HungarianMatcher(nn.Module):
             predictions: each with ``pred_logits`` ``[B, Q, K+1]`` and ``mask_logits`` or ``pred_masks``.
             targets: one per image: ``labels`` ``[n]`` int64 and ``masks`` ``[n, h, w]``, bool or uint8, not padded.
             padded_size: size of the padded images of the batch; by default the smallest that holds all masks.
-            points: for each prediction ``[B, num_points, 2]``, (x, y) in [0, 1] of the padded size; by default drawn here.
+            points: for each prediction ``[B, num_points, 2]``, (x, y) in [0, 1] of the padded size; by default drawn
+                here.
 
         Returns:
-            For each prediction and image: query indices and target indices, ``[min(Q, n)]`` int64 on the CPU, queries ascending.
+            For each prediction and image: query indices and target indices, ``[min(Q, n)]`` int64 on the CPU, queries
+            ascending.
 
         Raises:
             FloatingPointError: a prediction has NaN or infinity.
@@ -111,7 +118,9 @@ class HungarianMatcher(nn.Module):
         """Fresh random points, ``[batch, num_points, 2]``, drawn image by image as the original does."""
         return torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in range(batch)])
 
-    def _point_costs(self, masks: MaskLogits, targets: Sequence[Mapping], points: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    def _point_costs(
+        self, masks: MaskLogits, targets: Sequence[Mapping], points: Tensor, size: tuple[int, int]
+    ) -> list[Tensor]:
         costs = []
         for logits, target, image_points in zip(masks.at(points), targets, points):
             truth = sample_masks(target["masks"], image_points, size).to(logits.dtype)
@@ -155,5 +164,5 @@ def _explain_not_finite(predictions: Sequence[tuple[Tensor, MaskLogits]]) -> str
     what = "; ".join(found) or "the matching costs, though all predictions are finite (mask logits overflow)"
     return (
         f"NaN or infinity in {what}: training has diverged. Lower SOLVER.BASE_LR, warm up for longer, keep "
-        "SOLVER.CLIP_GRADIENTS enabled, or leave float16 (bfloat16 or SOLVER.AMP.ENABLED False); check the images for NaN."
+        "SOLVER.CLIP_GRADIENTS enabled, or leave float16 (bfloat16, or SOLVER.AMP.ENABLED False); check images for NaN"
     )

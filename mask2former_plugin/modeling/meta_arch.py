@@ -10,7 +10,6 @@ from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
-from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.criterion import SetCriterion
@@ -33,14 +32,16 @@ class MaskFormer(nn.Module):
 
     Args:
         backbone: Detectron2 backbone.
-        sem_seg_head: from backbone features to ``pred_logits``, ``mask_logits`` (or ``pred_masks``) and ``aux_outputs``.
+        sem_seg_head: from backbone features to ``pred_logits``, ``mask_logits`` (or ``pred_masks``) and
+            ``aux_outputs``.
         criterion: losses; its ``weight_dict`` says which count and how much.
         num_queries: number of queries of the head.
         object_mask_threshold: panoptic: least class score of a segment.
         overlap_threshold: panoptic: least visible part of a segment.
         metadata: of the training dataset; ``thing_dataset_id_to_contiguous_id`` tells things from stuff.
         size_divisibility: padded sizes are multiples of it; negative: of the backbone's.
-        sem_seg_postprocess_before_inference: resize mask logits, not class scores, to the output size; always so for panoptic and instance.
+        sem_seg_postprocess_before_inference: resize mask logits, not class scores, to the output size; always so for
+            panoptic and instance.
         pixel_mean: per channel.
         pixel_std: per channel.
         semantic_on: give ``sem_seg``.
@@ -48,7 +49,8 @@ class MaskFormer(nn.Module):
         instance_on: give ``instances``.
         test_topk_per_image: most instances per image.
         panoptic_require_mask: see :class:`PanopticTask`.
-        instance_things_first: see :class:`InstanceTask`; counts only with ``panoptic_on``, without it all classes may be instances.
+        instance_things_first: see :class:`InstanceTask`; counts only with ``panoptic_on``, without it all classes may
+            be instances.
     """
 
     @configurable
@@ -75,7 +77,9 @@ class MaskFormer(nn.Module):
     ) -> None:
         super().__init__()
         if not (semantic_on or panoptic_on or instance_on):
-            raise ValueError("no task is on: set one of MODEL.MASK_FORMER.TEST.SEMANTIC_ON, PANOPTIC_ON, INSTANCE_ON to True")
+            raise ValueError(
+                "no task is on: set one of MODEL.MASK_FORMER.TEST.SEMANTIC_ON, PANOPTIC_ON, INSTANCE_ON to True"
+            )
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
@@ -85,7 +89,9 @@ class MaskFormer(nn.Module):
         self.metadata = metadata
         self.size_divisibility = backbone.size_divisibility if size_divisibility < 0 else size_divisibility
         self.sem_seg_postprocess_before_inference = sem_seg_postprocess_before_inference or panoptic_on or instance_on
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.semantic_on = semantic_on
         self.panoptic_on = panoptic_on
@@ -130,14 +136,15 @@ class MaskFormer(nn.Module):
         """Losses in training, results otherwise.
 
         Args:
-            batched_inputs: one dict per image: ``image`` ``[C, h, w]`` in the value range of ``pixel_mean``; in training ``instances``
-                with ``gt_classes`` ``[n]`` and ``gt_masks`` (``[n, h, w]`` bool or uint8, BitMasks or PolygonMasks); otherwise ``height`` and
-                ``width`` of the output (by default the image's).
+            batched_inputs: one dict per image: ``image`` ``[C, h, w]`` in the value range of ``pixel_mean``; in
+                training ``instances`` with ``gt_classes`` ``[n]`` and ``gt_masks`` (``[n, h, w]`` bool or uint8,
+                BitMasks or PolygonMasks); otherwise ``height`` and ``width`` of the output (by default the image's).
 
         Returns:
-            In training: weighted losses by name. Otherwise one dict per image: ``sem_seg`` ``[K, H, W]`` scores; ``panoptic_seg``: ids
-            ``[H, W]`` int32 (0 = void) and a list of ``id``, ``isthing``, ``category_id``; ``instances``: Instances with ``pred_masks`` bool
-            ``[N, H, W]``, ``pred_boxes``, ``scores``, ``pred_classes``.
+            In training: weighted losses by name. Otherwise one dict per image: ``sem_seg`` ``[K, H, W]`` scores;
+            ``panoptic_seg``: ids ``[H, W]`` int32 (0 = void) and a list of ``id``, ``isthing``, ``category_id``;
+            ``instances``: Instances with ``pred_masks`` bool ``[N, H, W]``, ``pred_boxes``, ``scores``,
+            ``pred_classes``.
 
         Raises:
             ValueError: no or inconsistent ground truth in training; the file is named.
@@ -154,14 +161,19 @@ class MaskFormer(nn.Module):
         with torch.no_grad():
             masks = mask_logits_of(outputs)
             return [
-                self._infer(i, outputs["pred_logits"][i], masks, padded_size, image_size, (x.get("height"), x.get("width")))
+                self._infer(
+                    i, outputs["pred_logits"][i], masks, padded_size, image_size, (x.get("height"), x.get("width"))
+                )
                 for i, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes))
             ]
 
     def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """``labels`` ``[n]`` int64 and ``masks`` ``[n, h, w]`` of each image, on the device of the model, checked."""
         return [
-            {name: value.to(self.device, non_blocking=True) for name, value in _read_target(x, i, self.sem_seg_head.num_classes).items()}
+            {
+                name: value.to(self.device, non_blocking=True)
+                for name, value in _read_target(x, i, self.sem_seg_head.num_classes).items()
+            }
             for i, x in enumerate(batched_inputs)
         ]
 
@@ -217,9 +229,9 @@ class MaskFormer(nn.Module):
         things = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
         if things is None:
             raise ValueError(
-                f"panoptic inference tells things from stuff by thing_dataset_id_to_contiguous_id, which the metadata of dataset "
-                f"{getattr(self.metadata, 'name', '?')!r} (DATASETS.TRAIN) lacks: register a panoptic dataset or switch "
-                "MODEL.MASK_FORMER.TEST.PANOPTIC_ON off"
+                "panoptic inference tells things from stuff by thing_dataset_id_to_contiguous_id, which the metadata "
+                f"of dataset {getattr(self.metadata, 'name', '?')!r} (DATASETS.TRAIN) lacks: register a panoptic dataset "
+                "or switch MODEL.MASK_FORMER.TEST.PANOPTIC_ON off"
             )
         return frozenset(things.values())
 
@@ -251,7 +263,9 @@ def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[s
     """Labels and masks of one image as they come from the mapper; errors name the file."""
     name = inputs.get("file_name", f"image {index} of the batch")
     if "instances" not in inputs:
-        raise ValueError(f"{name}: no 'instances' to train on; the dataset mapper (INPUT.DATASET_MAPPER_NAME) must give them")
+        raise ValueError(
+            f"{name}: no 'instances' to train on; the dataset mapper (INPUT.DATASET_MAPPER_NAME) must give them"
+        )
     instances: Instances = inputs["instances"]
     height, width = inputs["image"].shape[-2:]
     labels = torch.as_tensor(instances.gt_classes, dtype=torch.int64)
@@ -260,20 +274,23 @@ def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[s
     if labels.min() < 0 or labels.max() >= num_classes:
         wrong = sorted({int(i) for i in labels if not 0 <= i < num_classes})
         raise ValueError(
-            f"{name}: class ids {wrong} are outside 0..{num_classes - 1}; MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, set it to the "
-            "number of classes of the dataset or repair the labels"
+            f"{name}: class ids {wrong} are outside 0..{num_classes - 1}; MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
+            f"{num_classes}, set it to the number of classes of the dataset or repair the labels"
         )
-    masks = _as_tensor(instances.gt_masks, height, width)
+    if not instances.has("gt_masks"):
+        raise ValueError(f"{name}: 'instances' without gt_masks; choose a dataset mapper that gives masks")
+    masks = _as_tensor(instances.gt_masks, instances.image_size)
     if masks.shape[-2:] != (height, width):
         raise ValueError(
-            f"{name}: ground-truth masks of {masks.shape[-2]}x{masks.shape[-1]} (height x width) for an image of {height}x{width}"
+            f"{name}: ground-truth masks of {masks.shape[-2]}x{masks.shape[-1]} (height x width) "
+            f"for an image of {height}x{width}"
         )
     if len(masks) != len(labels):
         raise ValueError(f"{name}: {len(masks)} ground-truth masks for {len(labels)} classes")
     return {"labels": labels, "masks": masks}
 
 
-def _as_tensor(masks: Tensor | BitMasks | PolygonMasks, height: int, width: int) -> Tensor:
+def _as_tensor(masks: Tensor | BitMasks | PolygonMasks, image_size: tuple[int, int]) -> Tensor:
     if isinstance(masks, PolygonMasks):
-        return torch.stack([torch.from_numpy(polygons_to_bitmask(p, height, width)) for p in masks.polygons])
-    return masks.tensor if isinstance(masks, BitMasks) else masks
+        return BitMasks.from_polygon_masks(masks, *image_size).tensor
+    return masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)

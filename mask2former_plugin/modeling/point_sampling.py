@@ -13,9 +13,9 @@ _KEPT_VALUES = 2**21
 class DeferredRand:
     """``torch.rand(*shape)`` whose place in the random stream is fixed now and whose values are wanted later.
 
-    Matching all predictions at once needs their points before the points of the losses, while one seed shall give the numbers of
-    matching and loss taking turns. Large draws are thrown away and repeated from the saved generator state, so that memory
-    does not grow with the number of predictions.
+    Matching all predictions at once needs their points before the points of the losses, while one seed shall give the
+    numbers of matching and loss taking turns. Large draws are thrown away and repeated from the saved generator
+    state, so that memory does not grow with the number of predictions.
     """
 
     def __init__(self, *shape: int, device: torch.device) -> None:
@@ -38,14 +38,14 @@ class DeferredRand:
 
 
 def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
-    """Logits ``[N, h, w]`` at a set of points each, ``[N, P, 2]`` as (x, y) in [0, 1]; bilinear, zero outside; ``[N, P]``."""
+    """Logits ``[N, h, w]`` at points ``[N, P, 2]``, (x, y) in [0, 1]; bilinear, zero outside; gives ``[N, P]``."""
     grid = 2.0 * points.to(logits.dtype) - 1.0
     return F.grid_sample(logits.unsqueeze(1), grid.unsqueeze(1), align_corners=False)[:, 0, 0]
 
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, candidates: Tensor, num_uncertain: int, random_points: Tensor) -> Tensor:
-    """The candidates where the logit is nearest to zero, followed by the random points (Mask2Former, section 3.3; PointRend).
+    """The candidates whose logit is nearest to zero, then the random points (Mask2Former, section 3.3; PointRend).
 
     Args:
         logits: ``[N, h, w]``.

@@ -1,4 +1,4 @@
-"""Ground-truth masks as they come: binary, of the size of their own image, read as if padded with zeros to the size of the batch."""
+"""Ground-truth masks as they come: binary, unpadded, read as if padded with zeros to the size of the batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample_masks(masks: Tensor, points: Tensor, padded_size: tuple[int, int]) ->
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
-    """The padded masks at another size, ``[n, *size]``, same dtype: ``interpolate(mode="nearest")`` without making the padded copy."""
+    """The padded masks at another size, ``[n, *size]``, same dtype; nearest neighbour, without a padded copy."""
     height, width = masks.shape[-2:]
     if masks.shape[0] == 0:
         return masks.new_zeros((0, *size))

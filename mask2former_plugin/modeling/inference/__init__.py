@@ -13,7 +13,16 @@ from mask2former_plugin.modeling.inference.panoptic import PanopticTask
 from mask2former_plugin.modeling.inference.semantic import SemanticTask, resized_scores
 from mask2former_plugin.modeling.inference.upsampling import ImageMasks
 
-__all__ = ["ImageMasks", "InstanceTask", "PanopticTask", "SemanticTask", "Task", "needed_queries", "resized_scores", "run_tasks"]
+__all__ = [
+    "ImageMasks",
+    "InstanceTask",
+    "PanopticTask",
+    "SemanticTask",
+    "Task",
+    "needed_queries",
+    "resized_scores",
+    "run_tasks",
+]
 
 
 class Task(Protocol):

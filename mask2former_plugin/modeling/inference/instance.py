@@ -21,7 +21,8 @@ class InstanceTask:
         size: height and width of the result.
         top_k: pairs kept; all if there are fewer.
         thing_classes: contiguous ids of the classes that may be instances; None: all.
-        things_first: True: ``top_k`` among thing classes; False: stuff is dropped afterwards, so that fewer remain (published).
+        things_first: True: ``top_k`` among thing classes; False: stuff is dropped afterwards, so that fewer remain
+            (published).
     """
 
     name = "instances"
@@ -39,7 +40,9 @@ class InstanceTask:
         classes = torch.arange(probability.shape[1], device=probability.device)
         is_thing = torch.ones_like(classes, dtype=torch.bool)
         if thing_classes is not None:
-            is_thing = torch.isin(classes, torch.tensor(sorted(thing_classes), dtype=torch.int64, device=classes.device))
+            is_thing = torch.isin(
+                classes, torch.tensor(sorted(thing_classes), dtype=torch.int64, device=classes.device)
+            )
         if things_first:
             probability, classes, is_thing = probability[:, is_thing], classes[is_thing], is_thing[is_thing]
         scores, pairs = probability.flatten().topk(min(top_k, probability.numel()), sorted=False)
@@ -68,8 +71,12 @@ class InstanceTask:
         self._inside += (probability * mask).flatten(1).sum(1)
 
     def result(self) -> Instances:
-        """``pred_masks`` bool ``[N, H, W]``, ``pred_boxes`` (x1, y1, x2, y2 around the masks, zeros for an empty mask), ``scores``,
-        ``pred_classes``; unsorted."""
+        """Instances, unsorted.
+
+        Returns:
+            ``pred_masks`` bool ``[N, H, W]``, ``pred_boxes`` around the masks (zeros for an empty mask), ``scores`` and
+            ``pred_classes``.
+        """
         left, right = _extent(self._columns)
         top, bottom = _extent(self._rows)
         boxes = torch.stack([left, top, right, bottom], dim=1).to(torch.float32)

@@ -13,8 +13,9 @@ from mask2former_plugin.modeling.inference.semantic import class_probabilities
 class PanopticTask:
     """Segments from the queries that survive their class score (MaskFormer, section 3.4).
 
-    A pixel belongs to the query with the largest score · mask probability. A query becomes a segment if it has pixels, and if these are
-    at least ``overlap_threshold`` of the pixels where its own mask probability is 0.5 or more. Stuff segments of one class are merged.
+    A pixel belongs to the query with the largest score · mask probability. A query becomes a segment if it has
+    pixels, and if these are at least ``overlap_threshold`` of the pixels where its own mask probability is 0.5 or
+    more. Stuff segments of one class are merged.
 
     Args:
         class_logits: ``[Q, K+1]``.
@@ -22,8 +23,8 @@ class PanopticTask:
         thing_classes: contiguous ids of the thing classes.
         object_mask_threshold: class scores must be above it.
         overlap_threshold: see above.
-        require_mask: True: a pixel of a segment needs mask probability 0.5 or more, else it is void (Mask2Former); False: the best
-            query gets the pixel in any case (MaskFormer).
+        require_mask: True: a pixel of a segment needs mask probability 0.5 or more, else it is void (Mask2Former);
+            False: the best query gets the pixel in any case (MaskFormer).
     """
 
     name = "panoptic_seg"
@@ -66,7 +67,7 @@ class PanopticTask:
         self._owner[start : start + owner.shape[0]] = owner
 
     def result(self) -> tuple[Tensor, list[dict]]:
-        """Segment ids ``[H, W]`` int32, 0 = void, and per segment ``id``, ``isthing`` and the contiguous ``category_id``."""
+        """Ids ``[H, W]`` int32, 0 = void; per segment ``id``, ``isthing`` and ``category_id`` (contiguous)."""
         ids = torch.zeros(len(self.queries) + 1, dtype=torch.int32)
         segments: list[dict] = []
         merged: dict[int, int] = {}

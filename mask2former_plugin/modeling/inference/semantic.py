@@ -42,7 +42,7 @@ class SemanticTask:
 
 
 def resized_scores(class_logits: Tensor, masks: ImageMasks, output_size: tuple[int, int]) -> Tensor:
-    """Class scores computed at the size of ``masks``, then resized, ``[K, *output_size]``: postprocessing after inference."""
+    """Class scores at the size of ``masks``, then resized, ``[K, *output_size]``: postprocessing after inference."""
     task = SemanticTask(class_logits, output_size)
     resize = RowResize(masks.size, output_size, masks.logits.dtype)
     num_maps = masks.logits.shape[0] + class_logits.shape[1]

@@ -54,15 +54,17 @@ class RowResize:
             rows = torch.lerp(rows.index_select(1, upper), rows.index_select(1, lower), weight)
         if self.source[1] != self.target[1]:
             flat = rows.reshape(1, -1, self.source[1])
-            rows = F.interpolate(flat, size=self.target[1], mode="linear", align_corners=False).view(*rows.shape[:2], -1)
+            rows = F.interpolate(flat, size=self.target[1], mode="linear", align_corners=False).view(
+                *rows.shape[:2], -1
+            )
         return rows
 
 
 class ImageMasks:
     """Mask logits of one image at the size of the result, in rows.
 
-    The logits are resized from the grid of the prediction to the padded input, cropped to the image and resized to the output; every
-    step is the original's, only that rows nobody asked for are not computed.
+    The logits are resized from the grid of the prediction to the padded input, cropped to the image and resized to
+    the output; every step is the original's, only that rows nobody asked for are not computed.
 
     Args:
         logits: ``[Q, h, w]`` on the grid of the prediction.

@@ -1,0 +1,124 @@
+"""Panoptic maps from strips equal the dense formula, pixel for pixel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inference_reference import panoptic, upsampled
+
+from mask2former_plugin.modeling.inference import (
+    ImageMasks,
+    InstanceTask,
+    PanopticTask,
+    SemanticTask,
+    needed_queries,
+    run_tasks,
+    upsampling,
+)
+
+THINGS = frozenset({0, 2, 3})
+PADDED, IMAGE, OUTPUT = (96, 128), (90, 101), (131, 160)
+
+
+def smooth_logits(number):
+    coarse = torch.randn(1, number, 6, 8) * 6 - 2
+    return F.interpolate(coarse, size=(24, 32), mode="bicubic")[0]
+
+
+def infer(class_logits, logits, score_threshold, overlap_threshold, require_mask):
+    task = PanopticTask(
+        class_logits,
+        OUTPUT,
+        thing_classes=THINGS,
+        object_mask_threshold=score_threshold,
+        overlap_threshold=overlap_threshold,
+        require_mask=require_mask,
+    )
+    queries = needed_queries([task])
+    return run_tasks([task], queries, ImageMasks(logits[queries], PADDED, IMAGE, OUTPUT))["panoptic_seg"]
+
+
+@pytest.mark.parametrize("require_mask", [True, False])
+@pytest.mark.parametrize(("score_threshold", "overlap_threshold"), [(0.0, 0.0), (0.3, 0.3), (0.4, 0.5)])
+def test_equals_the_dense_formula(monkeypatch, require_mask, score_threshold, overlap_threshold):
+    monkeypatch.setitem(upsampling._STRIP_VALUES, "cpu", 20_000)
+    several = 0
+    for _ in range(4):
+        class_logits, logits = torch.randn(25, 6) * 2, smooth_logits(25)
+        found, segments = infer(class_logits, logits, score_threshold, overlap_threshold, require_mask)
+        dense = upsampled(logits, PADDED, IMAGE, OUTPUT)
+        expected, expected_segments = panoptic(
+            class_logits, dense, THINGS, score_threshold, overlap_threshold, require_mask
+        )
+        assert segments == expected_segments
+        assert found.dtype == torch.int32
+        assert torch.equal(found, expected)
+        several += len(segments)
+        assert all(type(value) in (int, bool) for segment in segments for value in segment.values())
+    assert several > 4
+
+
+def test_stuff_of_one_class_is_one_segment_and_things_are_not():
+    # four quarters, each of one query: two of stuff class 1, two of thing class 2
+    class_logits = torch.full((4, 6), -20.0)
+    class_logits[[0, 1, 2, 3], [1, 2, 1, 2]] = 20.0
+    logits = torch.full((4, 24, 32), -8.0)
+    for q in range(4):
+        top, left = 12 * (q // 2), 16 * (q % 2)
+        logits[q, top : top + 12, left : left + 16] = 8.0
+    found, segments = infer(class_logits, logits, 0.5, 0.5, True)
+    assert segments == [
+        {"id": 1, "isthing": False, "category_id": 1},
+        {"id": 2, "isthing": True, "category_id": 2},
+        {"id": 3, "isthing": True, "category_id": 2},
+    ]
+    assert [int(found[0, 0]), int(found[0, -1]), int(found[-1, 0]), int(found[-1, -1])] == [1, 2, 1, 3]
+
+
+def test_pixels_without_a_mask_are_void_in_mask2former_only():
+    class_logits = torch.full((1, 6), -20.0)
+    class_logits[0, 2] = 20.0
+    logits = torch.full((1, 24, 32), -8.0)
+    logits[0, 2:8, 2:8] = 8.0
+    found = infer(class_logits, logits, 0.5, 0.0, True)[0]
+    assert 0 < int((found == 1).sum()) < found.numel() / 4
+    assert int((infer(class_logits, logits, 0.5, 0.0, False)[0] == 1).sum()) == found.numel()
+
+
+def test_nothing_survives():
+    class_logits = torch.zeros(5, 6)
+    class_logits[:, 5] = 9.0
+    found, segments = infer(class_logits, torch.randn(5, 24, 32), 0.0, 0.0, True)
+    assert segments == []
+    assert found.shape == OUTPUT and found.dtype == torch.int32 and not found.any()
+
+
+def test_shares_a_pass_with_another_task():
+    class_logits, logits = torch.randn(25, 6) * 2, smooth_logits(25)
+    tasks = [
+        SemanticTask(class_logits, OUTPUT),
+        PanopticTask(class_logits, OUTPUT, thing_classes=THINGS, object_mask_threshold=0.4, overlap_threshold=0.3),
+    ]
+    found = run_tasks(tasks, needed_queries(tasks), ImageMasks(logits, PADDED, IMAGE, OUTPUT))
+    alone = infer(class_logits, logits, 0.4, 0.3, True)
+    assert set(found) == {"sem_seg", "panoptic_seg"}
+    assert torch.equal(found["panoptic_seg"][0], alone[0]) and found["panoptic_seg"][1] == alone[1]
+
+
+@pytest.mark.gpu
+def test_all_tasks_on_a_gpu_equal_the_cpu():
+    class_logits, logits = torch.randn(25, 6) * 2, smooth_logits(25)
+    found = []
+    for device in ("cpu", "cuda"):
+        classes, masks = class_logits.to(device), ImageMasks(logits.to(device), PADDED, IMAGE, OUTPUT)
+        tasks = [
+            SemanticTask(classes, OUTPUT),
+            PanopticTask(classes, OUTPUT, thing_classes=THINGS, object_mask_threshold=0.4, overlap_threshold=0.3),
+            InstanceTask(classes, OUTPUT, top_k=20, thing_classes=THINGS),
+        ]
+        found.append(run_tasks(tasks, needed_queries(tasks), masks))
+    cpu, gpu = found
+    torch.testing.assert_close(gpu["sem_seg"].cpu(), cpu["sem_seg"], atol=1e-4, rtol=0)
+    assert gpu["panoptic_seg"][1] == cpu["panoptic_seg"][1]
+    assert (gpu["panoptic_seg"][0].cpu() != cpu["panoptic_seg"][0]).float().mean() < 1e-3
+    assert sorted(gpu["instances"].pred_classes.tolist()) == sorted(cpu["instances"].pred_classes.tolist())
+    assert gpu["instances"].pred_boxes.device.type == "cuda"
