@@ -79,6 +79,7 @@ def test_evaluation_alone_equals_the_evaluation_after_training(run):
 def test_best_checkpoint_is_kept(run):
     run("mask2former", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1", "TEST.BEST_CHECKPOINT.METRIC", "sem_seg/mIoU")
     assert (run.output / "mask2former" / "model_best.pth").is_file()
+    assert (run.output / "mask2former" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_bfloat16_training_on_any_device(run):

@@ -23,6 +23,11 @@ class Checkpointer(DetectionCheckpointer):
         """The checkpointer of a training: saves the model and the trainer's state to ``OUTPUT_DIR``."""
         return cls(trainer.model, trainer.cfg.OUTPUT_DIR, trainer=weakref.proxy(trainer))
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Remember where to resume; the best checkpoint so far is no such place, training has gone on since."""
+        if not last_filename_basename.startswith("model_best"):
+            super().tag_last_checkpoint(last_filename_basename)
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         loaded = load_checkpoint_file(filename)
         return loaded if "model" in loaded else {"model": loaded}
