@@ -1,19 +1,21 @@
-"""Multi-scale deformable attention against its definition, written as loops."""
+"""Multi-scale deformable attention: every implementation against the definition, written as loops."""
 
 import pytest
 import torch
 
-from mask2former_plugin.modeling.ops import ms_deform_attn, ms_deform_attn_reference
+from mask2former_plugin.modeling.ops import cpu, implementation_for, ms_deform_attn, ms_deform_attn_cpu, ms_deform_attn_reference
 
 SHAPES = [(3, 4), (5, 2), (1, 1)]
+IMPLEMENTATIONS = [ms_deform_attn_reference, ms_deform_attn_cpu]
 
 
-def arguments(dtype=torch.float64, batch=2, queries=3, heads=2, points=2, width=3):
-    length = sum(h * w for h, w in SHAPES)
+def arguments(dtype=torch.float64, batch=2, queries=3, heads=2, points=2, width=3, shapes=SHAPES):
+    length = sum(h * w for h, w in shapes)
     value = torch.randn(batch, length, heads, width, dtype=dtype)
-    # a good part outside of the maps
-    locations = torch.rand(batch, queries, heads, len(SHAPES), points, 2, dtype=dtype) * 1.6 - 0.3
-    weights = torch.randn(batch, queries, heads, len(SHAPES), points, dtype=dtype)
+    # a good part outside of the maps, some of it far
+    locations = torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=dtype) * 1.6 - 0.3
+    locations[:, 0, 0, 0, 0] *= 50
+    weights = torch.randn(batch, queries, heads, len(shapes), points, dtype=dtype)
     return value, locations, weights
 
 
@@ -38,25 +40,90 @@ def loops(value, shapes, locations, weights):
     return output.flatten(2)
 
 
-def test_values():
+@pytest.fixture(params=[1, 10**6], ids=["chunks of one query", "one chunk"])
+def chunks(request, monkeypatch):
+    for name in ("FORWARD_SAMPLES", "BACKWARD_SAMPLES"):
+        monkeypatch.setattr(cpu, name, request.param)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values(implementation, chunks):
     value, locations, weights = arguments()
     expected = loops(value, SHAPES, locations, weights)
     assert expected.abs().max() > 0.1  # the points hit something
-    torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(ms_deform_attn_reference(value, SHAPES, locations, weights), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(implementation(value, SHAPES, locations, weights), expected, rtol=0, atol=1e-12)
 
 
-def test_gradients():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients(implementation, chunks):
     inputs = [x.requires_grad_() for x in arguments(batch=1, queries=2)]
-    assert torch.autograd.gradcheck(lambda v, l, w: ms_deform_attn(v, SHAPES, l, w), inputs, eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda v, l, w: implementation(v, SHAPES, l, w), inputs, eps=1e-7, atol=1e-5)
 
 
-def test_half_precision_values_are_sampled_in_float32():
+def gradients(implementation, shapes, value, locations, weights):
+    inputs = [x.clone().requires_grad_() for x in (value, locations, weights)]
+    output = implementation(value=inputs[0], spatial_shapes=shapes, sampling_locations=inputs[1], attention_weights=inputs[2])
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return output, torch.autograd.grad((output * noise).sum(), inputs)
+
+
+@pytest.mark.parametrize("shapes", [[(7, 9), (4, 5), (2, 3)], [(1, 6)], [(5, 1), (8, 8)]])
+def test_cpu_equals_the_reference(shapes, chunks):
+    inputs = arguments(queries=17, heads=3, points=4, width=5, shapes=shapes)
+    output, found = gradients(ms_deform_attn_cpu, shapes, *inputs)
+    expected, wanted = gradients(ms_deform_attn_reference, shapes, *inputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for f, w in zip(found, wanted):
+        torch.testing.assert_close(f, w, rtol=0, atol=1e-11)
+
+
+def test_gradients_on_pixel_centres():
+    """There the derivative jumps, and that is where all points are at the start of a training: both take the one to the right."""
+    shapes = [(8, 8)]  # eighths are exact
+    x, y = torch.meshgrid(torch.arange(-2, 10), torch.arange(-2, 10), indexing="xy")
+    places = torch.stack((x.flatten() + 0.5, y.flatten() + 0.5), 1).double()
+    value = torch.randn(1, 64, 1, 3, dtype=torch.float64)
+    locations = (places / 8)[None, :, None, None, None]
+    weights = torch.rand(1, len(places), 1, 1, 1, dtype=torch.float64)
+    _, found = gradients(ms_deform_attn_cpu, shapes, value, locations, weights)
+    _, wanted = gradients(ms_deform_attn_reference, shapes, value, locations, weights)
+    assert wanted[1].abs().max() > 0.1
+    for f, w in zip(found, wanted):
+        torch.testing.assert_close(f, w, rtol=0, atol=1e-12)
+
+
+def test_only_the_gradients_that_are_needed():
+    value, locations, weights = arguments()
+    locations.requires_grad_()
+    ms_deform_attn_cpu(value, SHAPES, locations, weights).sum().backward()
+    assert locations.grad is not None and value.grad is None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_values_are_sampled_in_float32(implementation):
     value, locations, weights = arguments(torch.float32)
-    exact = ms_deform_attn(value.bfloat16().float(), SHAPES, locations, weights)
-    half = ms_deform_attn(value.bfloat16(), SHAPES, locations, weights)
+    exact = implementation(value.bfloat16().float(), SHAPES, locations, weights)
+    half = implementation(value.bfloat16(), SHAPES, locations, weights)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half, exact.bfloat16(), rtol=2**-7, atol=1e-6)  # one rounding at the end
+
+
+def test_not_a_number_does_not_become_an_index():
+    value, locations, weights = arguments()
+    locations[0, 1] = float("nan")
+    weights[0, 1] = float("nan")
+    output = ms_deform_attn_cpu(value, SHAPES, locations, weights)
+    assert output[0, 1].isnan().all()
+    assert output[1].isfinite().all() and output[0, 0].isfinite().all()
+
+
+def test_choice_of_the_implementation():
+    assert implementation_for(torch.device("cpu")) is ms_deform_attn_cpu
+    assert implementation_for(torch.device("meta")) is ms_deform_attn_reference
+    value, locations, weights = arguments()
+    torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), loops(value, SHAPES, locations, weights))
+    traced = torch.jit.trace(lambda v, l, w: ms_deform_attn(v, SHAPES, l, w), (value, locations, weights))
+    assert "grid_sampler" in str(traced.graph)
 
 
 def test_wrong_shapes_are_named():

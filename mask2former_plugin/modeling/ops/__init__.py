@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from mask2former_plugin.modeling.ops.cpu import ms_deform_attn_cpu
 from mask2former_plugin.modeling.ops.reference import ms_deform_attn_reference
 
 Implementation = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
 
-# implementations by device type; the reference serves every device that has no entry
-IMPLEMENTATIONS: dict[str, Implementation] = {}
+# by device type; the reference serves every other device
+IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": ms_deform_attn_cpu}
+
+
+def implementation_for(device: torch.device) -> Implementation:
+    """The fastest implementation for a device; while a graph is traced or exported, the reference, which is made of plain operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return ms_deform_attn_reference
+    return IMPLEMENTATIONS.get(device.type, ms_deform_attn_reference)
 
 
 def ms_deform_attn(
@@ -41,8 +50,7 @@ def ms_deform_attn(
             f"sampling_locations must be [B, T, M, L, P, 2] and attention_weights [B, T, M, L, P] with B={batch}, M={heads}, "
             f"L={len(spatial_shapes)}, got {tuple(sampling_locations.shape)} and {tuple(attention_weights.shape)}"
         )
-    implementation = IMPLEMENTATIONS.get(value.device.type, ms_deform_attn_reference)
-    return implementation(value, spatial_shapes, sampling_locations, attention_weights)
+    return implementation_for(value.device)(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_reference"]
+__all__ = ["implementation_for", "ms_deform_attn", "ms_deform_attn_cpu", "ms_deform_attn_reference"]

@@ -23,6 +23,3 @@ def ms_deform_attn_reference(
         samples = F.grid_sample(tokens.unflatten(2, tuple(size)), grids[:, :, level], mode="bilinear", align_corners=False)
         output = output + (samples * weights[:, None, :, level]).sum(3)
     return output.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2).to(value.dtype)
-
-
-__all__ = ["ms_deform_attn_reference"]
