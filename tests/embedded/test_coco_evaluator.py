@@ -290,6 +290,9 @@ def test_errors(dataset):
     with pytest.raises(ValueError, match="2 thing_classes.*3 categories"):
         run(COCOEvaluator(name), {1: as_instances([random_mask(rng)], [0], [0.5])})
     metadata.__dict__["thing_classes"] = names
+    metadata.__dict__["json_file"] = "/nowhere/instances.json"
+    with pytest.raises(FileNotFoundError, match="/nowhere/instances.json"):
+        COCOEvaluator(name)
 
 
 def test_both_generations_of_the_helper(dataset):

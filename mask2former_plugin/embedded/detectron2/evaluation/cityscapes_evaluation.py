@@ -48,10 +48,11 @@ class CityscapesEvaluator(DatasetEvaluator):
         """The "labelIds" or "instanceIds" (H, W) of an image, as int64."""
         frame = "_".join(os.path.basename(file_name).split("_")[:3])
         path = os.path.join(self._metadata.gt_dir, frame.split("_")[0], f"{frame}_gtFine_{kind}.png")
-        if not PathManager.isfile(path):
-            raise FileNotFoundError(f"Cityscapes ground truth of {file_name!r} doesn't exist: {path!r}")
-        with PathManager.open(path, "rb") as file:
-            return np.array(Image.open(file), dtype=np.int64)
+        try:
+            with PathManager.open(path, "rb") as file:
+                return np.array(Image.open(file), dtype=np.int64)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"Cityscapes ground truth of {file_name!r} doesn't exist: {path!r}") from error
 
     def _gathered(self) -> dict | None:
         """What was kept per image, from all processes; None on processes other than the main one."""

@@ -88,8 +88,11 @@ class COCOEvaluator(DatasetEvaluator):
             logger.info(f"{dataset_name!r} has no json_file; converting it to COCO format in {path!r}")
             convert_to_coco_json(dataset_name, path, allow_cached=allow_cached_coco)
             self._metadata.json_file = path
+        path = PathManager.get_local_path(self._metadata.json_file)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"json_file of dataset {dataset_name!r} doesn't exist: {path!r}")
         with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api = COCO(PathManager.get_local_path(self._metadata.json_file))
+            self._coco_api = COCO(path)
         self._do_evaluation = "annotations" in self._coco_api.dataset
         self._kpt_oks_sigmas = kpt_oks_sigmas
         self.reset()

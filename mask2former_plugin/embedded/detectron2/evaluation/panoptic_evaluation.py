@@ -46,10 +46,11 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         self._output_dir = output_dir
         self._png_dir = os.path.join(output_dir, "predictions") if output_dir else None
         path = self._metadata.panoptic_json
-        if not PathManager.isfile(path):
-            raise FileNotFoundError(f"panoptic_json of dataset {dataset_name!r} doesn't exist: {path!r}")
-        with PathManager.open(path) as file:
-            truth = json.load(file)
+        try:
+            with PathManager.open(path) as file:
+                truth = json.load(file)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"panoptic_json of dataset {dataset_name!r} doesn't exist: {path!r}") from error
         self._json_path = path
         self._categories = {category["id"]: category for category in truth["categories"]}
         self._do_evaluation = "annotations" in truth
@@ -174,10 +175,12 @@ class COCOPanopticEvaluator(DatasetEvaluator):
 
 def read_panoptic_png(path: str) -> np.ndarray:
     """The segment ids (H, W) int32 of a COCO panoptic PNG."""
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(f"panoptic ground truth doesn't exist: {path!r}")
-    with PathManager.open(path, "rb") as file:
-        image = Image.open(file)
-        if image.mode not in ("RGB", "RGBA"):
-            raise ValueError(f"{path!r} must be an RGB picture with R + 256 G + 65536 B as segment id, but is {image.mode!r}")
-        return rgb2id(np.asarray(image)[..., :3])
+    try:
+        with PathManager.open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"panoptic ground truth doesn't exist: {path!r}") from error
+    if image.mode not in ("RGB", "RGBA"):
+        raise ValueError(f"{path!r} must be an RGB picture with R + 256 G + 65536 B as segment id, but is {image.mode!r}")
+    return rgb2id(np.asarray(image)[..., :3])

@@ -11,6 +11,7 @@ import matplotlib.colors as mplc
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -87,7 +88,13 @@ class GenericMask:
         contours, hierarchy = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[-2:]
         if hierarchy is None:
             return [], False
-        polygons = [contour.reshape(-1).astype(np.float64) + 0.5 for contour in contours if len(contour) >= 3]
+        polygons = []
+        for contour in contours:
+            if len(contour) >= 3:
+                polygons.append(contour.reshape(-1).astype(np.float64) + 0.5)
+            else:  # one or two pixels: their squares, so that tiny objects don't vanish
+                x, y, w, h = cv2.boundingRect(contour)
+                polygons.append(np.array([x, y, x + w, y, x + w, y + h, x, y + h], dtype=np.float64))
         return polygons, bool((hierarchy.reshape(-1, 4)[:, 3] >= 0).any())
 
     def polygons_to_mask(self, polygons: Sequence[np.ndarray]) -> np.ndarray:
@@ -427,12 +434,12 @@ class Visualizer:
             alpha=alpha,
             linestyle=line_style,
         )
-        self.output.ax.add_patch(rectangle)
+        self._add(rectangle)
         return self.output
 
     def draw_circle(self, circle_coord: Sequence[float], color: Color, radius: float = 3) -> VisImage:
         """Draw a filled circle around (x, y)."""
-        self.output.ax.add_patch(Circle(tuple(circle_coord), radius=radius, fill=True, color=color))
+        self._add(Circle(tuple(circle_coord), radius=radius, fill=True, color=color))
         return self.output
 
     def draw_line(
@@ -447,7 +454,7 @@ class Visualizer:
         if linewidth is None:
             linewidth = self._default_font_size / 3
         width = max(linewidth, 1) * self.output.scale
-        self.output.ax.add_line(Line2D(x_data, y_data, linewidth=width, color=color, linestyle=linestyle))
+        self._add(Line2D(x_data, y_data, linewidth=width, color=color, linestyle=linestyle))
         return self.output
 
     def draw_polygon(
@@ -461,7 +468,7 @@ class Visualizer:
             edgecolor=(*mplc.to_rgb(color if edge_color is None else edge_color), 1),
             linewidth=max(self._default_font_size // 15 * self.output.scale, 1),
         )
-        self.output.ax.add_patch(polygon)
+        self._add(polygon)
         return self.output
 
     def draw_binary_mask(
@@ -523,7 +530,11 @@ class Visualizer:
             for polygon in mask.polygons:
                 points = polygon.reshape(-1, 2)
                 outline = Polygon(points, fill=False, edgecolor=(*mplc.to_rgb(edge_color), 1), linewidth=width)
-                self.output.ax.add_patch(outline)
+                self._add(outline)
+
+    def _add(self, shape: Artist) -> None:
+        """Add a shape; unlike add_patch and add_line this doesn't look for limits of the axes, which takes long."""
+        self.output.ax.add_artist(shape)
 
     def _overlay(self, opacity: np.ndarray, color: tuple[float, float, float]) -> None:
         """Lay a colour over the image with an opacity (H, W) in 0..1; only the part where there is some is drawn."""
@@ -534,7 +545,8 @@ class Visualizer:
         rgba = np.empty((y1 - y0, x1 - x0, 4), dtype=np.float32)
         rgba[..., :3] = color
         rgba[..., 3] = opacity[y0:y1, x0:x1]
-        self.output.ax.imshow(rgba, extent=(x0, x1, y1, y0), interpolation="nearest", aspect="auto")
+        # The layer of the polygons, so that what is drawn later lies above.
+        self.output.ax.imshow(rgba, extent=(x0, x1, y1, y0), interpolation="nearest", aspect="auto", zorder=1)
 
     def _draw_text_at_box(self, box: np.ndarray, text: str, color: Color) -> None:
         x0, y0, x1, y1 = box
@@ -544,7 +556,7 @@ class Visualizer:
             # Beside a small object, so that the text doesn't hide it; the lower edge of the image leaves no room below.
             position = (x1, y0) if y1 >= self.output.height - 5 else (x0, y1)
         share = (y1 - y0) / np.sqrt(self.output.height * self.output.width)
-        font_size = self._default_font_size * np.clip(0.5 + 5 * share, 0.6, 1.0)
+        font_size = self._default_font_size * np.clip(0.35 + 2 * share, 0.55, 1.0)
         self.draw_text(
             text,
             position,
@@ -555,9 +567,12 @@ class Visualizer:
 
     def _draw_text_in_mask(self, binary_mask: np.ndarray, text: str, color: Color) -> None:
         """Write into the largest connected part, and into every other large one, where it is widest."""
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(np.asarray(binary_mask).astype(np.uint8), connectivity=8)
-        if count < 2:
+        binary_mask = np.asarray(binary_mask).astype(np.uint8)
+        left, top, width, height = cv2.boundingRect(binary_mask)
+        if not width:
             return
+        binary_mask = binary_mask[top : top + height, left : left + width]
+        count, parts, stats, _ = cv2.connectedComponentsWithStats(binary_mask, connectivity=8)
         areas = stats[1:, cv2.CC_STAT_AREA]
         for index in range(1, count):
             if index - 1 != areas.argmax() and areas[index - 1] * self.output.scale**2 <= LARGE_PART_AREA:
@@ -566,7 +581,7 @@ class Visualizer:
             part = np.pad(parts[y : y + height, x : x + width] == index, 1).astype(np.uint8)
             depth = cv2.distanceTransform(part, cv2.DIST_L2, 3)
             row, column = np.unravel_index(depth.argmax(), depth.shape)
-            self.draw_text(text, (x + column - 0.5, y + row - 0.5), color=color)
+            self.draw_text(text, (left + x + column - 0.5, top + y + row - 0.5), color=color)
 
     def _thing_color(self, category: int, jittering: bool = True) -> tuple[float, float, float]:
         color = [channel / 255 for channel in self.metadata.thing_colors[category]]
