@@ -114,6 +114,11 @@ class Trainer(DefaultTrainer):
             result.insert(index, keeper)
         return result
 
+    def train(self) -> OrderedDict | None:
+        """Train, and return the results of the last evaluation, None in other than the main process."""
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Semantic evaluation with test-time augmentation on ``DATASETS.TEST``; the keys of the results end in ``_TTA``."""
