@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list[dict]:
     """Keep the images that have at least one annotation that is not a crowd region."""
     kept = [d for d in dataset_dicts if any(a.get("iscrowd", 0) == 0 for a in d["annotations"])]
-    logger.info("Left out %d of %d images without usable annotations", len(dataset_dicts) - len(kept), len(dataset_dicts))
+    logger.info(
+        "Left out %d of %d images without usable annotations", len(dataset_dicts) - len(kept), len(dataset_dicts)
+    )
     return kept
 
 
@@ -86,7 +88,8 @@ def get_detection_dataset_dicts(
 
     Args:
         names: one name or several.
-        filter_empty: leave out images that have no instance, or crowd regions only (if the dataset has instances at all).
+        filter_empty: leave out images that have no instance, or crowd regions only (if the dataset has instances at
+            all).
         min_keypoints: must be 0; keypoints need upstream.
         proposal_files: must be None; proposals need upstream.
         check_consistency: all datasets must have the same ``thing_classes``.
@@ -170,7 +173,8 @@ def build_batch_data_loader(
         dataset: map-style (then with a sampler) or iterable (then without).
         sampler: gives the indices of this process.
         total_batch_size: over all processes; must be a multiple of their number.
-        aspect_ratio_grouping: batches of wide or of tall images only; elements must be dicts with ``width`` and ``height``.
+        aspect_ratio_grouping: batches of wide or of tall images only; elements must be dicts with ``width`` and
+            ``height``.
         num_workers: per process.
         collate_fn: makes a batch of a list; default: the list.
         drop_last: leave out an unfinished batch at the end.
@@ -198,10 +202,16 @@ def build_batch_data_loader(
         kwargs |= {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers}
     if not aspect_ratio_grouping:
         return torchdata.DataLoader(
-            dataset, batch_size=batch_size, drop_last=drop_last, collate_fn=collate_fn or trivial_batch_collator, **kwargs
+            dataset,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            collate_fn=collate_fn or trivial_batch_collator,
+            **kwargs,
         )
     if not drop_last:
-        raise ValueError("aspect_ratio_grouping always leaves out unfinished batches; it can't be used with drop_last=False")
+        raise ValueError(
+            "aspect_ratio_grouping always leaves out unfinished batches; it can't be used with drop_last=False"
+        )
     elements = torchdata.DataLoader(dataset, batch_size=None, collate_fn=trivial_batch_collator, **kwargs)
     batches = AspectRatioGroupedDataset(elements, batch_size)
     return batches if collate_fn is None else MapDataset(batches, collate_fn)
@@ -236,7 +246,9 @@ def _build_train_sampler(cfg, dataset: list[dict]) -> torchdata.Sampler:
         return RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
     if name == "RandomSubsetTrainingSampler":
         if "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER:
-            raise ValueError("RandomSubsetTrainingSampler needs the config key DATALOADER.RANDOM_SUBSET_RATIO, in (0, 1]")
+            raise ValueError(
+                "RandomSubsetTrainingSampler needs the config key DATALOADER.RANDOM_SUBSET_RATIO, in (0, 1]"
+            )
         return RandomSubsetTrainingSampler(len(dataset), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=cfg.SEED)
     if name in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
         needs_upstream(f"DATALOADER.SAMPLER_TRAIN {name!r}")
@@ -294,7 +306,8 @@ def build_detection_train_loader(
         mapper: makes a model input of a dataset dict; elements for which it gives None are replaced by others.
         sampler: gives the indices of this process; default TrainingSampler. None for an iterable dataset.
         total_batch_size: over all processes.
-        aspect_ratio_grouping: batches of wide or of tall images only; elements must be dicts with ``width`` and ``height``.
+        aspect_ratio_grouping: batches of wide or of tall images only; elements must be dicts with ``width`` and
+            ``height``.
         num_workers: per process.
         collate_fn: makes a batch of a list; default: the list.
         kwargs: see :func:`build_batch_data_loader`.
@@ -344,8 +357,8 @@ def build_detection_test_loader(
     Args:
         dataset: list of dataset dicts, or a torch Dataset (map-style or iterable).
         mapper: makes a model input of a dataset dict.
-        sampler: gives the indices of this process; default InferenceSampler, which splits the dataset over processes. None for
-            an iterable dataset.
+        sampler: gives the indices of this process; default InferenceSampler, which splits the dataset over processes.
+            None for an iterable dataset.
         batch_size: per process.
         num_workers: per process.
         collate_fn: makes a batch of a list; default: the list.

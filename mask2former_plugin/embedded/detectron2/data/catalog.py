@@ -32,7 +32,8 @@ class _DatasetCatalog(UserDict):
 
         Args:
             name: a new name.
-            func: called without arguments, returns the list of dataset dicts (or a torch Dataset), the same on each call.
+            func: called without arguments, returns the list of dataset dicts (or a torch Dataset), the same on each
+                call.
 
         Raises:
             AssertionError: ``func`` can't be called, or the name is taken.
@@ -76,8 +77,8 @@ class _DatasetCatalog(UserDict):
 class Metadata(types.SimpleNamespace):
     """What is known about one dataset: class names, colors, paths, kind of evaluation.
 
-    A value once set stays: assigning another value to the same key is an AssertionError, since some part of the program may
-    have used the first. (Delete the attribute first if that is what you want.)
+    A value once set stays: assigning another value to the same key is an AssertionError, since some part of the program
+    may have used the first. (Delete the attribute first if that is what you want.)
     """
 
     name: str = "N/A"

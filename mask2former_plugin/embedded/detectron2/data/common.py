@@ -52,8 +52,8 @@ class MapDataset(torchdata.Dataset):
 
     Args:
         dataset: map-style or iterable dataset. For an iterable one, the constructor returns an iterable dataset.
-        map_func: the function. If it returns None (bad sample), another element takes the place of this one, chosen at random
-            with a fixed seed; in an iterable dataset the element is skipped.
+        map_func: the function. If it returns None (bad sample), another element takes the place of this one, chosen at
+            random with a fixed seed; in an iterable dataset the element is skipped.
     """
 
     def __new__(cls, dataset, map_func):
@@ -94,7 +94,8 @@ class MapDataset(torchdata.Dataset):
 class _TorchSerializedList:
     """Elements of a list, each pickled, one behind the other in a byte tensor.
 
-    A tensor is one block of memory that worker processes share; a list of Python objects is copied by their reference counts.
+    A tensor is one block of memory that worker processes share; a list of Python objects is copied by their reference
+    counts.
     """
 
     def __init__(self, lst: list):
@@ -135,8 +136,8 @@ class DatasetFromList(torchdata.Dataset):
     Args:
         lst: the elements.
         copy: give a deep copy of the element each time (only matters without serialization).
-        serialize: keep the elements pickled in one byte tensor that worker processes share. Or a function that takes the list
-            and returns a sequence to keep instead.
+        serialize: keep the elements pickled in one byte tensor that worker processes share. Or a function that takes
+            the list and returns a sequence to keep instead.
     """
 
     def __init__(self, lst: list, copy: bool = True, serialize: bool | Callable[[list], Any] = True):
@@ -163,8 +164,8 @@ class ToIterableDataset(torchdata.IterableDataset):
         dataset: map-style dataset.
         sampler: iterable of indices.
         shard_sampler: split the indices over the DataLoader's workers. Without it each worker gives all of them.
-        shard_chunk_size: how many consecutive indices a worker takes at a time; the batch size keeps batches as they are with
-            one process.
+        shard_chunk_size: how many consecutive indices a worker takes at a time; the batch size keeps batches as they
+            are with one process.
     """
 
     def __init__(
@@ -197,7 +198,8 @@ class AspectRatioGroupedDataset(torchdata.IterableDataset):
 
     Args:
         dataset: iterable of dicts with ``width`` and ``height``.
-        batch_size: length of the lists that this dataset gives. Elements that don't fill a batch wait for the next pass.
+        batch_size: length of the lists that this dataset gives. Elements that don't fill a batch wait for the next
+            pass.
     """
 
     def __init__(self, dataset: Iterable[dict], batch_size: int):

@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 class DatasetMapper:
     """Read the image of a dataset dict, augment it with its annotations, and make tensors of them.
 
-    The result is the dataset dict (a copy) with ``image`` (C, H, W) and, for training, ``sem_seg`` (H, W) int64 and / or
-    ``instances``, where the dict had ``sem_seg_file_name`` / ``annotations``. For inference the ground truth is not read.
+    The result is the dataset dict (a copy) with ``image`` (C, H, W) and, for training, ``sem_seg`` (H, W) int64 and /
+    or ``instances``, where the dict had ``sem_seg_file_name`` / ``annotations``. For inference the ground truth is not
+    read.
 
     Args:
         is_train: for training or inference.
@@ -35,7 +36,8 @@ class DatasetMapper:
         instance_mask_format: "polygon" or "bitmask".
         keypoint_hflip_indices: must be None.
         precomputed_proposal_topk: must be None; proposals need upstream.
-        recompute_boxes: make the boxes from the transformed masks (tight also after crops) instead of transforming them.
+        recompute_boxes: make the boxes from the transformed masks (tight also after crops) instead of transforming
+            them.
     """
 
     @configurable
@@ -101,8 +103,8 @@ class DatasetMapper:
             labels = utils.read_label_map(label_file)
             if labels.shape != image.shape[:2]:
                 raise utils.SizeMismatchError(
-                    f"Label file {os.fspath(label_file)} is {labels.shape[1]}x{labels.shape[0]} (width x height), but its image "
-                    f"{os.fspath(dataset_dict['file_name'])} is {image.shape[1]}x{image.shape[0]}"
+                    f"Label file {os.fspath(label_file)} is {labels.shape[1]}x{labels.shape[0]} (width x height), but "
+                    f"its image {os.fspath(dataset_dict['file_name'])} is {image.shape[1]}x{image.shape[0]}"
                 )
         if self.is_train and annotations is not None:
             _check_rle_sizes(annotations, dataset_dict)

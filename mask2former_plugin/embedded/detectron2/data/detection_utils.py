@@ -53,12 +53,13 @@ def _open_image(file_name: str) -> Image.Image:
     try:
         with PathManager.open(file_name, "rb") as f:
             image = Image.open(f)
+            ImageOps.exif_transpose(image, in_place=True)
             image.load()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"Image file {os.fspath(file_name)} does not exist") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"Image file {os.fspath(file_name)} can't be opened: {error}") from error
-    return ImageOps.exif_transpose(image)
+    return image
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -74,8 +75,9 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
         format: None (as stored), a mode of Pillow ("RGB", "L", …), "BGR" or "YUV-BT.601".
 
     Returns:
-        (H, W, C), uint8 or, for YUV, float; "L" keeps a last axis of 1, and the 16 or 32 bits of deeper grey images. Deeper images
-        asked for in color are reduced to their upper 8 bits. With format None (H, W) or (H, W, C) as stored.
+        (H, W, C), uint8 or, for YUV, float; "L" keeps a last axis of 1, and the 16 or 32 bits of deeper grey images.
+        Deeper images asked for in color are reduced to their upper 8 bits. With format None (H, W) or (H, W, C) as
+        stored.
     """
     if format is None:
         return np.array(image)
@@ -90,7 +92,8 @@ def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
             image = image.convert(mode)
         except ValueError as error:
             raise ValueError(
-                f"Image format must be None, a mode of Pillow, 'BGR' or 'YUV-BT.601', got {format!r} (image mode {image.mode})"
+                f"Image format must be None, a mode of Pillow, 'BGR' or 'YUV-BT.601', got {format!r} "
+                f"(the image has mode {image.mode})"
             ) from error
     array = np.array(image)
     if format == "BGR":
@@ -131,7 +134,7 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
 
 
 def read_label_map(file_name: str) -> np.ndarray:
-    """Read an image of class ids: (H, W) of integers exactly as stored (8, 16 or 32 bits; of a palette image the indices).
+    """Read an image of class ids: (H, W), integers as stored (8, 16 or 32 bits); of a palette image the indices.
 
     Raises:
         FileNotFoundError, OSError: as :func:`read_image`.
@@ -203,15 +206,15 @@ def transform_instance_annotations(
     """Apply transforms to the box and the mask of an annotation, in place.
 
     Args:
-        annotation: of one instance; ``bbox`` in any absolute ``bbox_mode``, ``segmentation`` (optional) as polygons (list) or RLE
-            (dict).
+        annotation: of one instance; ``bbox`` in any absolute ``bbox_mode``, ``segmentation`` (optional) as polygons
+            (list) or RLE (dict).
         transforms: those of the image.
         image_size: (height, width) after the transforms.
         keypoint_hflip_indices: must be None; keypoints need upstream.
 
     Returns:
-        the same dict with ``bbox`` as XYXY_ABS clipped to the image, and ``segmentation`` as polygons or, from RLE, as mask array
-        (H, W).
+        the same dict with ``bbox`` as XYXY_ABS clipped to the image, and ``segmentation`` as polygons or, from RLE, as
+        mask array (H, W).
 
     Raises:
         ValueError: another kind of segmentation, or a mask of another size than the image.
@@ -245,8 +248,9 @@ def _transform_segmentation(segmentation: Any, transforms: T.Transform, image_si
         mask = transforms.apply_segmentation(_decode_rle(segmentation))
         if mask.shape[:2] != tuple(image_size):
             raise ValueError(
-                f"An RLE mask of size {segmentation['size']} (height, width) becomes {list(mask.shape[:2])} after the transforms "
-                f"of its image, but the image becomes {list(image_size)}: mask and image have different sizes"
+                f"Mask and image have different sizes: an RLE mask of size {segmentation['size']} (height, width) "
+                f"becomes {list(mask.shape[:2])} with the transforms of its image, but the image becomes "
+                f"{list(image_size)}"
             )
         return mask
     raise ValueError(
@@ -255,9 +259,7 @@ def _transform_segmentation(segmentation: Any, transforms: T.Transform, image_si
     )
 
 
-def annotations_to_instances(
-    annos: list[dict], image_size: tuple[int, int], mask_format: str = "polygon"
-) -> Instances:
+def annotations_to_instances(annos: list[dict], image_size: tuple[int, int], mask_format: str = "polygon") -> Instances:
     """Annotations of one image, transformed already, to Instances.
 
     Args:
@@ -266,8 +268,8 @@ def annotations_to_instances(
         mask_format: "polygon" or "bitmask".
 
     Returns:
-        Instances with ``gt_boxes`` (Boxes), ``gt_classes`` (int64) and, if the first annotation has a segmentation, ``gt_masks``
-        (PolygonMasks or BitMasks).
+        Instances with ``gt_boxes`` (Boxes), ``gt_classes`` (int64) and, if the first annotation has a segmentation,
+        ``gt_masks`` (PolygonMasks or BitMasks).
 
     Raises:
         ValueError: a mask does not fit ``mask_format`` or ``image_size``.
@@ -385,9 +387,7 @@ def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
     if direction not in ("none", "horizontal", "vertical"):
         raise ValueError(f"INPUT.RANDOM_FLIP must be 'none', 'horizontal' or 'vertical', got {direction!r}")
     if direction != "none":
-        augmentations.append(
-            T.RandomFlip(horizontal=direction == "horizontal", vertical=direction == "vertical")
-        )
+        augmentations.append(T.RandomFlip(horizontal=direction == "horizontal", vertical=direction == "vertical"))
     return augmentations
 
 

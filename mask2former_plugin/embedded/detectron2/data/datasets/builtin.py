@@ -1,7 +1,7 @@
 """Registers the built-in datasets COCO, Cityscapes and ADE20K.
 
-Their files are looked for below the folder that the environment variable DETECTRON2_DATASETS names (default ./datasets), when a
-dataset is loaded; registering touches no file.
+Their files are looked for below the folder that the environment variable DETECTRON2_DATASETS names (default
+./datasets), when a dataset is loaded; registering touches no file.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ _COCO_PANOPTIC = {
 
 def register_all_coco(root: str) -> None:
     """COCO 2014 and 2017: instances; 2017 also panoptic, as PNGs and as instances plus stuff label maps."""
-    for name, (images, annotations) in _COCO_INSTANCES.items():
+    for name, (image_root, json_file) in _COCO_INSTANCES.items():
         register_coco_instances(
-            name, _get_builtin_metadata("coco"), os.path.join(root, annotations), os.path.join(root, images)
+            name, _get_builtin_metadata("coco"), os.path.join(root, json_file), os.path.join(root, image_root)
         )
     for name, (instances, suffix) in _COCO_PANOPTIC.items():
-        images, annotations = (os.path.join(root, p) for p in _COCO_INSTANCES[instances])
+        image_root, json_file = (os.path.join(root, p) for p in _COCO_INSTANCES[instances])
         panoptic_root = os.path.join(root, f"coco/panoptic_{suffix}")
         panoptic_json = os.path.join(root, f"{_ANNOTATIONS}/panoptic_{suffix}.json")
         register_coco_panoptic_separated(
             name,
             _get_builtin_metadata("coco_panoptic_separated"),
-            images,
+            image_root,
             panoptic_root,
             panoptic_json,
             os.path.join(root, f"coco/panoptic_stuff_{suffix}"),
-            annotations,
+            json_file,
         )
         register_coco_panoptic(
-            name, _get_builtin_metadata("coco_panoptic_standard"), images, panoptic_root, panoptic_json, annotations
+            name, _get_builtin_metadata("coco_panoptic_standard"), image_root, panoptic_root, panoptic_json, json_file
         )
 
 
@@ -81,7 +81,7 @@ def register_all_cityscapes(root: str) -> None:
 
 
 def register_all_ade20k(root: str) -> None:
-    """ADE20K's scene parsing benchmark, with label maps in which 255 is void (see datasets/prepare_ade20k_sem_seg.py)."""
+    """ADE20K's scene parsing benchmark, with label maps as datasets/prepare_ade20k_sem_seg.py makes them."""
     for split, folder in (("train", "training"), ("val", "validation")):
         image_root = os.path.join(root, "ADEChallengeData2016/images", folder)
         sem_seg_root = os.path.join(root, "ADEChallengeData2016/annotations_detectron2", folder)

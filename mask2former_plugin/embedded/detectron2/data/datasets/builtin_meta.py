@@ -68,7 +68,8 @@ def panoptic_metadata(categories: list[dict], contiguous_ids: list[int]) -> dict
 
 
 def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
-    """Metadata of a family of built-in datasets: ``coco``, ``coco_panoptic_standard``, ``coco_panoptic_separated``, ``cityscapes``.
+    """Metadata of a family of built-in datasets: ``coco``, ``coco_panoptic_standard``, ``coco_panoptic_separated``,
+    ``cityscapes``.
 
     Raises:
         KeyError: another name.
@@ -85,5 +86,6 @@ def _get_builtin_metadata(dataset_name: str) -> dict[str, Any]:
             "stuff_classes": [c["name"] for c in CITYSCAPES_CATEGORIES],
         }
     raise KeyError(
-        f"There is no built-in metadata for {dataset_name!r}; known: coco, coco_panoptic_standard, coco_panoptic_separated, cityscapes"
+        f"There is no built-in metadata for {dataset_name!r}; known: coco, coco_panoptic_standard, "
+        "coco_panoptic_separated, cityscapes"
     )

@@ -81,8 +81,8 @@ def load_cityscapes_instances(
 
     Args:
         image_dir, gt_dir: folders of a split, e.g. ``leftImg8bit/train`` and ``gtFine/train``.
-        from_json: from the annotators' polygons, in which parts that are hidden by other objects are cut away; needs shapely. Else
-            from the ``*_instanceIds.png``.
+        from_json: from the annotators' polygons, in which parts that are hidden by other objects are cut away; needs
+            shapely. Else from the ``*_instanceIds.png``.
         to_polygons: masks as polygons (from PNG: needs OpenCV; holes are lost), else as RLE (only from PNG).
 
     Returns:
@@ -131,7 +131,8 @@ def _read_polygons(files: _Files) -> dict:
         name = obj["label"]
         if obj.get("deleted") or name == _OVERLAY_LABEL or len(obj["polygon"]) < 3:
             continue
-        # Corners are pixel indices: shifted to the middle of the pixels and widened by half a pixel, the area covers them.
+        # Corners are pixel indices: shifted to the middle of the pixels and widened by half a pixel, the area covers
+        # them.
         outline = shapely.Polygon(np.asarray(obj["polygon"], dtype=np.float64) + 0.5).buffer(0.5, quad_segs=4)
         hidden_by, in_front = in_front, [*in_front, outline]
         class_name = name.removesuffix(_GROUP_SUFFIX)
@@ -223,10 +224,15 @@ def load_cityscapes_semantic(image_dir: str, gt_dir: str) -> list[dict]:
     return dataset_dicts
 
 
+def how_to_make(tool: str) -> str:
+    """A sentence on how to make missing files with a tool of the Cityscapes authors."""
+    return (
+        "Make such files with the tools of the Cityscapes authors: pip install cityscapesscripts, then "
+        f"CITYSCAPES_DATASET=<folder of leftImg8bit and gtFine> {tool}"
+    )
+
+
 def require_label_train_ids(path: str) -> None:
     """Raise FileNotFoundError if this label map of train ids is missing; the message says how to make them."""
     if not PathManager.isfile(path):
-        raise FileNotFoundError(
-            f"The label map {path} does not exist. Make the label maps with the tools of the Cityscapes authors: "
-            "pip install cityscapesscripts, then CITYSCAPES_DATASET=<folder of leftImg8bit and gtFine> csCreateTrainIdLabelImgs"
-        )
+        raise FileNotFoundError(f"The label map {path} does not exist. {how_to_make('csCreateTrainIdLabelImgs')}")

@@ -6,9 +6,9 @@ import os
 
 from detectron2.data.catalog import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES, panoptic_metadata
-from detectron2.data.datasets.cityscapes import list_cityscapes_images, require_label_train_ids
+from detectron2.data.datasets.cityscapes import how_to_make, list_cityscapes_images, require_label_train_ids
 from detectron2.data.datasets.coco_panoptic import convert_segments
-from detectron2.data.datasets.files import read_json, require_file, require_folder
+from detectron2.data.datasets.files import read_json, require_file
 from detectron2.utils.file_io import PathManager
 
 __all__ = ["load_cityscapes_panoptic", "register_all_cityscapes_panoptic"]
@@ -24,17 +24,15 @@ def load_cityscapes_panoptic(image_dir: str, gt_dir: str, gt_json: str, meta: di
         meta: the two id maps, see :func:`detectron2.data.datasets.coco_panoptic.convert_segments`.
 
     Returns:
-        dicts with ``file_name, image_id, sem_seg_file_name, pan_seg_file_name, segments_info`` (category ids are train ids).
+        dicts with ``file_name, image_id, sem_seg_file_name, pan_seg_file_name, segments_info`` (category ids are train
+        ids).
 
     Raises:
         FileNotFoundError: a file or folder is missing; the message says how to make it.
         ValueError: an image has no annotation, or there is an unknown category id.
     """
     if not PathManager.isfile(gt_json) or not PathManager.isdir(gt_dir):
-        raise FileNotFoundError(
-            f"{gt_json} or {gt_dir} does not exist. Make them with the tools of the Cityscapes authors: "
-            "pip install cityscapesscripts, then CITYSCAPES_DATASET=<folder of leftImg8bit and gtFine> csCreatePanopticImgs"
-        )
+        raise FileNotFoundError(f"{gt_json} or {gt_dir} does not exist. {how_to_make('csCreatePanopticImgs')}")
     content = read_json(gt_json, "panoptic annotation file")
     annotation_of = {a["image_id"]: a for a in content["annotations"]}
     # The label maps lie in the folder of the split: gtFine/train beside leftImg8bit/train.

@@ -40,14 +40,15 @@ def load_coco_json(
     Args:
         json_file: path.
         image_root: folder of the images; their ``file_name`` is relative to it.
-        dataset_name: if given, category ids become contiguous (0 to K-1 in the order of the ids), and ``thing_classes`` and
-            ``thing_dataset_id_to_contiguous_id`` are put into the metadata of this dataset.
+        dataset_name: if given, category ids become contiguous (0 to K-1 in the order of the ids), and ``thing_classes``
+            and ``thing_dataset_id_to_contiguous_id`` are put into the metadata of this dataset.
         extra_annotation_keys: further keys of the annotations to keep, besides box, mask, category and ``iscrowd``.
 
     Returns:
-        dicts in the order of the image ids: ``file_name, height, width, image_id, annotations``, each annotation with ``iscrowd``,
-        ``bbox`` (with ``bbox_mode`` XYWH_ABS), ``category_id`` and, where it has a mask, ``segmentation`` (polygons or compressed
-        RLE). Polygons of less than three points are left out, and instances that have no polygon left.
+        dicts in the order of the image ids: ``file_name, height, width, image_id, annotations``, each annotation with
+        ``iscrowd``, ``bbox`` (with ``bbox_mode`` XYWH_ABS), ``category_id`` and, where it has a mask, ``segmentation``
+        (polygons or compressed RLE). Polygons of less than three points are left out, and instances that have no
+        polygon left.
 
     Raises:
         FileNotFoundError: the file or the folder is missing.
@@ -127,7 +128,9 @@ def _convert_annotation(
     """One annotation of the file to one of a dataset dict, or None if it has polygons but no valid one."""
     where = f"Annotation {annotation.get('id', '(without id)')} of image {annotation['image_id']} in {json_file}"
     if annotation.get("ignore", 0):
-        raise ValueError(f"{where} has the flag 'ignore', which is not part of COCO's format; use 'iscrowd' or leave it out")
+        raise ValueError(
+            f"{where} has the flag 'ignore', which is not part of COCO's format; use 'iscrowd' or leave it out"
+        )
     if annotation["category_id"] not in category_ids:
         known = sorted(category_ids)
         raise ValueError(
@@ -160,7 +163,8 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
         gt_ext, image_ext: extensions of the files.
 
     Returns:
-        dicts with ``file_name`` and ``sem_seg_file_name``, ordered by name. Files without a partner are left out with a warning.
+        dicts with ``file_name`` and ``sem_seg_file_name``, ordered by name. Files without a partner are left out with a
+        warning.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -173,12 +177,17 @@ def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: 
     stems = sorted(images.keys() & labels.keys())
     if not stems:
         raise ValueError(
-            f"No pairs of images and label maps: {len(images)} files *.{image_ext} in {image_root} and {len(labels)} files "
-            f"*.{gt_ext} in {gt_root} have no names in common"
+            f"No pairs of images and label maps: {len(images)} files *.{image_ext} in {image_root} and {len(labels)} "
+            f"files *.{gt_ext} in {gt_root} have no names in common"
         )
     if len(stems) < max(len(images), len(labels)):
         logger.warning(
-            "%d images in %s and %d label maps in %s: using the %d pairs", len(images), image_root, len(labels), gt_root, len(stems)
+            "%d images in %s and %d label maps in %s: using the %d pairs",
+            len(images),
+            image_root,
+            len(labels),
+            gt_root,
+            len(stems),
         )
     logger.info("Loaded %d images with semantic segmentation from %s", len(stems), image_root)
     return [{"file_name": images[s], "sem_seg_file_name": labels[s]} for s in stems]
@@ -192,8 +201,8 @@ def _files_by_stem(folder: str, extension: str) -> dict[str, str]:
 def convert_to_coco_dict(dataset_name: str) -> dict:
     """A registered instance dataset as the content of a COCO file.
 
-    Category ids are the original ones if the metadata has ``thing_dataset_id_to_contiguous_id``; boxes are XYWH rounded to three
-    digits; areas are those of the masks, or of the boxes where there is no mask; annotation ids count from 1.
+    Category ids are the original ones if the metadata has ``thing_dataset_id_to_contiguous_id``; boxes are XYWH rounded
+    to three digits; areas are those of the masks, or of the boxes where there is no mask; annotation ids count from 1.
 
     Returns:
         dict with ``info, images, categories, annotations`` (and ``licenses``: None) that ``json.dump`` can write.

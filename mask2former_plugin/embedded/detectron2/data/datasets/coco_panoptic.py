@@ -42,8 +42,8 @@ def load_coco_panoptic_json(json_file: str, image_dir: str, gt_dir: str, meta: d
 
     Args:
         json_file: path.
-        image_dir: folder of the images. Their names come from ``images`` in the file; images that are not listed there have the
-            name of the PNG with the extension jpg.
+        image_dir: folder of the images. Their names come from ``images`` in the file; images that are not listed there
+            have the name of the PNG with the extension jpg.
         gt_dir: folder of the PNGs.
         meta: the two id maps, see :func:`convert_segments`.
 

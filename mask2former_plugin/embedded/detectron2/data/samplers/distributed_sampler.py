@@ -27,20 +27,21 @@ def _check_size(size: int) -> int:
 
 
 def _agree_on_seed(seed: int | None) -> int:
-    """The given seed, or a random one that all processes share if it is None or negative (the default of ``cfg.SEED``)."""
+    """The given seed, or a random one that all processes share if it is None or negative (``cfg.SEED`` by default)."""
     return comm.shared_random_seed() if seed is None or seed < 0 else int(seed)
 
 
 class TrainingSampler(Sampler):
     """An endless stream of indices: one random order of the dataset after the other.
 
-    All processes draw the same stream, and the process of rank ``r`` among ``n`` takes every ``n``-th index from the ``r``-th on.
+    All processes draw the same stream, and the process of rank ``r`` among ``n`` takes every ``n``-th index from the
+    ``r``-th on.
 
     Args:
         size: number of elements.
         shuffle: random orders, or 0, 1, 2, … again and again.
-        seed: of the random orders. None or a negative number (as ``cfg.SEED`` is by default) means a new random seed, the same on
-            all processes.
+        seed: of the random orders. None or a negative number (as ``cfg.SEED`` is by default) means a new random seed,
+            the same on all processes.
     """
 
     def __init__(self, size: int, shuffle: bool = True, seed: int | None = None):
@@ -155,7 +156,8 @@ class InferenceSampler(Sampler):
     """Each index exactly once, in order: process ``r`` gets the ``r``-th contiguous part.
 
     Args:
-        size: number of elements of the dataset, over all processes. The first ``size % world_size`` processes get one more.
+        size: number of elements of the dataset, over all processes. The first ``size % world_size`` processes get one
+            more.
     """
 
     def __init__(self, size: int):

@@ -26,8 +26,8 @@ def _wanted_inputs(get_transform) -> tuple[str, ...]:
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise TypeError(
-                f"{get_transform.__qualname__} takes *args or **kwargs; name its arguments after the attributes of the input "
-                "(image, boxes, sem_seg, …) or define __call__ as well"
+                f"{get_transform.__qualname__} takes *args or **kwargs; name its arguments after the attributes of the "
+                "input (image, boxes, sem_seg, …) or define __call__ as well"
             )
     names = tuple(p.name for p in parameters)
     # The only argument always is the image, whatever its name.
@@ -37,8 +37,8 @@ def _wanted_inputs(get_transform) -> tuple[str, ...]:
 class Augmentation:
     """A rule that draws a transform for an input.
 
-    Subclasses define ``get_transform(self, image, …)``; its argument names select attributes of the :class:`AugInput` (a single
-    argument always is the image). Calling the augmentation draws the transform and applies it to the input.
+    Subclasses define ``get_transform(self, image, …)``; its argument names select attributes of the :class:`AugInput`
+    (a single argument always is the image). Calling the augmentation draws the transform and applies it to the input.
     """
 
     def _init(self, params: dict[str, Any] | None = None) -> None:
@@ -64,7 +64,8 @@ class Augmentation:
         for name in _wanted_inputs(self.get_transform):
             if not hasattr(aug_input, name):
                 raise AttributeError(
-                    f"{type(self).__name__}.get_transform needs {name!r}, which the {type(aug_input).__name__} doesn't have"
+                    f"{type(self).__name__}.get_transform needs {name!r}, which the {type(aug_input).__name__} doesn't "
+                    "have"
                 )
             args.append(getattr(aug_input, name))
         transform = self.get_transform(*args)
@@ -82,7 +83,7 @@ class Augmentation:
         return np.random.uniform(low, high, size)
 
     def __repr__(self) -> str:
-        """The call of the constructor, without arguments left at their defaults (where all arguments became attributes)."""
+        """The call of the constructor, without the arguments left at their defaults."""
         shown = []
         for name, parameter in inspect.signature(type(self).__init__).parameters.items():
             if name == "self":

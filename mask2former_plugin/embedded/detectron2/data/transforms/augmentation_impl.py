@@ -123,14 +123,15 @@ class ResizeShortestEdge(Augmentation):
     """Resize so that the shorter side gets a given length, unless the longer one would exceed its limit.
 
     Args:
-        short_edge_length: one length; or with "range" the two ends (inclusive) of an interval, with "choice" the lengths to
-            choose from. 0 means no change.
+        short_edge_length: one length; or with "range" the two ends (inclusive) of an interval, with "choice" the
+            lengths to choose from. 0 means no change.
         max_size: limit of the longer side; wins over the shorter side.
         sample_style: "range" or "choice".
         interp: Pillow resampling.
     """
 
-    # torch.jit.unused and the missing type hints: torch.jit.script looks at the whole class when code calls get_output_shape
+    # torch.jit.unused and the missing type hints: torch.jit.script looks at the whole class when code calls
+    # get_output_shape
     @torch.jit.unused
     def __init__(self, short_edge_length, max_size=sys.maxsize, sample_style="range", interp=BILINEAR):
         _check_choice("sample_style", sample_style, ("range", "choice"))
@@ -138,7 +139,8 @@ class ResizeShortestEdge(Augmentation):
             short_edge_length = (short_edge_length, short_edge_length)
         if sample_style == "range" and len(short_edge_length) != 2:
             raise ValueError(
-                f"With sample_style 'range', short_edge_length must be the two ends of an interval, got {short_edge_length}"
+                "With sample_style 'range', short_edge_length must be the two ends of an interval, got "
+                f"{short_edge_length}"
             )
         self._init(locals())
 
@@ -241,9 +243,7 @@ class FixedSizeCrop(Augmentation):
     def _get_pad(self, image: np.ndarray) -> Transform:
         height, width = np.minimum(image.shape[:2], self.crop_size)
         bottom, right = self.crop_size[0] - height, self.crop_size[1] - width
-        return PadTransform(
-            0, 0, int(right), int(bottom), int(width), int(height), self.pad_value, self.seg_pad_value
-        )
+        return PadTransform(0, 0, int(right), int(bottom), int(width), int(height), self.pad_value, self.seg_pad_value)
 
 
 class RandomCrop(Augmentation):
@@ -352,8 +352,8 @@ class RandomRotation(Augmentation):
     Args:
         angle: degrees; with "range" the two ends of an interval, with "choice" the angles to choose from.
         expand: make the output as large as the rotated image.
-        center: of the rotation as shares (x, y) of the image; with "range" the two corners of an area ((x0, y0), (x1, y1)), with
-            "choice" the points to choose from. Default the middle. Has no effect with ``expand``.
+        center: of the rotation as shares (x, y) of the image; with "range" the two corners of an area
+            ((x0, y0), (x1, y1)), with "choice" the points to choose from. Default the middle. No effect with ``expand``.
         sample_style: "range" or "choice".
         interp: OpenCV interpolation.
     """
@@ -390,7 +390,7 @@ def _check_rgb(augmentation: Augmentation, image: np.ndarray) -> None:
 
 
 class _RandomBlend(Augmentation):
-    """Blend with a reference: intensity 1 keeps the image, below 1 moves it towards the reference, above 1 away from it."""
+    """Blend with a reference: intensity 1 is the image, 0 the reference, and above 1 leads away from the reference."""
 
     def __init__(self, intensity_min: float, intensity_max: float):
         self._init(locals())
@@ -439,7 +439,8 @@ class RandomSaturation(_RandomBlend):
 class RandomLighting(Augmentation):
     """Add a random color along the principal components of ImageNet's RGB values.
 
-    Source: Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, section 4.1. For RGB images.
+    Source: Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, section 4.1. For RGB
+    images.
 
     Args:
         scale: standard deviation of the three weights.

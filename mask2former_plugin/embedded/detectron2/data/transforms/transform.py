@@ -53,7 +53,12 @@ class ExtentTransform(Transform):
 
         def cut(plane: Image.Image) -> Image.Image:
             return plane.transform(
-                (width, height), Image.Transform.EXTENT, data=self.src_rect, resample=method, fill=True, fillcolor=self.fill
+                (width, height),
+                Image.Transform.EXTENT,
+                data=self.src_rect,
+                resample=method,
+                fill=True,
+                fillcolor=self.fill,
             )
 
         return _per_plane(cut, img)
@@ -72,9 +77,10 @@ class ExtentTransform(Transform):
 class ResizeTransform(Transform):
     """Resize from (h, w) to (new_h, new_w).
 
-    Images of dtype uint8 are resampled by Pillow (antialiased), all others by torch. The two also place the samples of *nearest*
-    differently. Published models were trained with label maps as float (torch's grid) and panoptic PNGs as uint8 (Pillow's grid),
-    so both grids stay: uint8 and bool take Pillow's, every other dtype (integers of any size are exact) torch's.
+    Images of dtype uint8 are resampled by Pillow (antialiased), all others by torch. The two also place the samples of
+    *nearest* differently. Published models were trained with label maps as float (torch's grid) and panoptic PNGs as
+    uint8 (Pillow's grid), so both grids stay: uint8 and bool take Pillow's, every other dtype (integers of any size are
+    exact) torch's, where integers come to lie as float64 does.
 
     Args:
         h, w: size of the input.
@@ -96,7 +102,8 @@ class ResizeTransform(Transform):
         """
         if img.shape[:2] != (self.h, self.w) or img.ndim not in (2, 3):
             raise ValueError(
-                f"This ResizeTransform is for images of height {self.h} and width {self.w}, got an array of shape {img.shape}"
+                f"This ResizeTransform is for images of height {self.h} and width {self.w}, got an array of shape "
+                f"{img.shape}"
             )
         method = Image.Resampling(self.interp if interp is None else interp)
         if img.dtype == np.uint8:
@@ -104,15 +111,18 @@ class ResizeTransform(Transform):
         if img.dtype == bool:
             return self.apply_image(img.view(np.uint8), Image.Resampling.NEAREST).view(bool)
         if method == Image.Resampling.NEAREST:
-            # torch computes the positions in the type of the values; labels are float64 in published pipelines
+            # torch's rounding depends on the type of the values; labels are float64 in published pipelines
             dtype = torch.float32 if img.dtype == np.float32 else torch.float64
-            rows, cols = (_torch_nearest_indices(*sizes, dtype) for sizes in ((self.h, self.new_h), (self.w, self.new_w)))
+            rows = _torch_nearest_indices(self.h, self.new_h, dtype)
+            cols = _torch_nearest_indices(self.w, self.new_w, dtype)
             return img[rows[:, None], cols[None, :]]
         return self._interpolate(img, method)
 
     def _interpolate(self, img: np.ndarray, method: Image.Resampling) -> np.ndarray:
         if method not in _TORCH_MODES:
-            raise ValueError(f"Images of dtype {img.dtype} can't be resized with {method.name}; use BILINEAR or BICUBIC")
+            raise ValueError(
+                f"Images of dtype {img.dtype} can't be resized with {method.name}; use BILINEAR or BICUBIC"
+            )
         is_integer = np.issubdtype(img.dtype, np.integer)
         values = np.ascontiguousarray(img, dtype=np.float64 if is_integer else None)
         planes = torch.from_numpy(values).reshape(self.h, self.w, -1).permute(2, 0, 1)[None]
@@ -137,9 +147,9 @@ class ResizeTransform(Transform):
 
 
 def _torch_nearest_indices(size: int, new_size: int, dtype: torch.dtype) -> np.ndarray:
-    """Index of the input that torch's ``nearest`` takes for each output position of values of this type."""
-    positions = torch.arange(size, dtype=dtype)[None, None]
-    return F.interpolate(positions, new_size, mode="nearest")[0, 0].long().numpy()
+    """Index of the input that torch's ``nearest`` for images of this type takes for each output position."""
+    positions = torch.arange(size, dtype=dtype)[None, None, :, None]
+    return F.interpolate(positions, (new_size, 1), mode="nearest")[0, 0, :, 0].long().numpy()
 
 
 class RotationTransform(Transform):
@@ -189,7 +199,8 @@ class RotationTransform(Transform):
             return img
         if img.shape[:2] != (self.h, self.w):
             raise ValueError(
-                f"This RotationTransform is for images of height {self.h} and width {self.w}, got an array of shape {img.shape}"
+                f"This RotationTransform is for images of height {self.h} and width {self.w}, got an array of shape "
+                f"{img.shape}"
             )
         if interp is None:
             interp = cv2.INTER_LINEAR if self.interp is None else self.interp
