@@ -61,7 +61,7 @@ def test_resize_labels_of_any_integer_exactly(dtype, size, new_size):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, pytest.param(np.int32, marks=pytest.mark.embedded_only)])
 @pytest.mark.parametrize("size, new_size", [(644, 77), (585, 35), (800, 48), (427, 683), (333, 111)])
 def test_resize_labels_rounds_as_torch_does(dtype, size, new_size):
-    """At some sizes the sample falls on a border, and torch's float32 and float64 disagree; integers go with float64."""
+    """At some sizes a sample falls on a border, and float32 and float64 disagree in torch; integers go with float64."""
     labels = np.arange(size * 3).reshape(size, 3).astype(dtype)
     values = torch.from_numpy(labels.astype(np.float32 if dtype == np.float32 else np.float64))
     expected = torch.nn.functional.interpolate(values[None, None], (new_size, 5), mode="nearest")[0, 0].numpy()

@@ -353,7 +353,7 @@ class RandomRotation(Augmentation):
         angle: degrees; with "range" the two ends of an interval, with "choice" the angles to choose from.
         expand: make the output as large as the rotated image.
         center: of the rotation as shares (x, y) of the image; with "range" the two corners of an area
-            ((x0, y0), (x1, y1)), with "choice" the points to choose from. Default the middle. No effect with ``expand``.
+            ((x0, y0), (x1, y1)), with "choice" the points to choose from. Default the middle. Unused with ``expand``.
         sample_style: "range" or "choice".
         interp: OpenCV interpolation.
     """
