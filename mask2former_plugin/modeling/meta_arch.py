@@ -230,8 +230,8 @@ class MaskFormer(nn.Module):
         if things is None:
             raise ValueError(
                 "panoptic inference tells things from stuff by thing_dataset_id_to_contiguous_id, which the metadata "
-                f"of dataset {getattr(self.metadata, 'name', '?')!r} (DATASETS.TRAIN) lacks: register a panoptic dataset "
-                "or switch MODEL.MASK_FORMER.TEST.PANOPTIC_ON off"
+                f"of dataset {getattr(self.metadata, 'name', '?')!r} (DATASETS.TRAIN) lacks: register a panoptic "
+                "dataset or switch MODEL.MASK_FORMER.TEST.PANOPTIC_ON off"
             )
         return frozenset(things.values())
 
