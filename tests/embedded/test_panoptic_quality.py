@@ -38,7 +38,9 @@ def random_truth(rng, height, width, crowds=True):
         crowd = int(crowds and category in (7, 9) and rng.rand() < 0.3)
         area = int((truth == number).sum())
         if area:
-            segments.append({"id": number, "category_id": category, "iscrowd": crowd, "area": area, "bbox": [0, 0, 1, 1]})
+            segments.append(
+                {"id": number, "category_id": category, "iscrowd": crowd, "area": area, "bbox": [0, 0, 1, 1]}
+            )
     return truth, segments
 
 
@@ -92,7 +94,9 @@ def slow_counts(truth, true_segments, prediction, predicted_segments):
 
 
 def as_lists(stat):
-    return {category: [stat[category].iou, stat[category].tp, stat[category].fp, stat[category].fn] for category in BY_ID}
+    return {
+        category: [stat[category].iou, stat[category].tp, stat[category].fp, stat[category].fn] for category in BY_ID
+    }
 
 
 def assert_same_counts(actual, expected):
@@ -315,7 +319,9 @@ def test_errors_name_what_is_wrong(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"image 1 .*001.jpg.*\(10, 10\).*\(24, 32\)"):
         process({"panoptic_seg": (torch.zeros(10, 10, dtype=torch.int32), [])})
     with pytest.raises(ValueError, match="category 5 is no thing"):
-        process({"panoptic_seg": (torch.ones(24, 32, dtype=torch.int32), [{"id": 1, "category_id": 5, "isthing": True}])})
+        process(
+            {"panoptic_seg": (torch.ones(24, 32, dtype=torch.int32), [{"id": 1, "category_id": 5, "isthing": True}])}
+        )
     with pytest.raises(ValueError, match="category id 5 is not among"):
         process({"panoptic_seg": (torch.ones(24, 32, dtype=torch.int32), [{"id": 1, "category_id": 5}])})
     with pytest.raises(ValueError, match="no annotation"):

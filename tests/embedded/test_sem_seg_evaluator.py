@@ -1,4 +1,4 @@
-"""The semantic evaluator against per-class loops, its files, and its errors; and the run-length codes against pycocotools."""
+"""The semantic evaluator against per-class loops, its files and errors; run-length codes against pycocotools."""
 
 import json
 

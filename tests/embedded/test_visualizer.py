@@ -252,7 +252,11 @@ def test_instance_predictions(image, metadata):
     palette = colormap(rgb=True)
     assert_pixels(output, blended(image, palette[1], 0.3), np.s_[100:170, 110:270])
     # Nothing predicted: the picture in grey, and no error.
-    nothing = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE_BW).draw_instance_predictions(instances[:0]).get_image()
+    nothing = (
+        Visualizer(image, metadata, instance_mode=ColorMode.IMAGE_BW)
+        .draw_instance_predictions(instances[:0])
+        .get_image()
+    )
     assert (nothing == gray[..., None]).all()
 
 
@@ -276,7 +280,10 @@ def test_without_metadata(image):
 @pytest.mark.parametrize("form", ["array", "tensor", "BitMasks", "PolygonMasks", "polygons", "codes"])
 def test_overlay_takes_masks_of_any_kind(image, form):
     masks = np.array([box_mask(20, 30, 60, 90), box_mask(100, 50, 280, 180)])
-    polygons = [[[20.5, 30.5, 59.5, 30.5, 59.5, 89.5, 20.5, 89.5]], [[100.5, 50.5, 279.5, 50.5, 279.5, 179.5, 100.5, 179.5]]]
+    polygons = [
+        [[20.5, 30.5, 59.5, 30.5, 59.5, 89.5, 20.5, 89.5]],
+        [[100.5, 50.5, 279.5, 50.5, 279.5, 179.5, 100.5, 179.5]],
+    ]
     given = {
         "array": lambda: masks,
         "tensor": lambda: torch.from_numpy(masks),
@@ -329,7 +336,12 @@ def test_dataset_dict(image, metadata, tmp_path):
     mask = box_mask(200, 60, 280, 140)
     record = {
         "annotations": [
-            {"bbox": [20, 60, 80, 80], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "segmentation": [[20, 60, 100, 60, 100, 140, 20, 140]]},
+            {
+                "bbox": [20, 60, 80, 80],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 0,
+                "segmentation": [[20, 60, 100, 60, 100, 140, 20, 140]],
+            },
             {
                 "bbox": [200, 60, 280, 140],
                 "bbox_mode": BoxMode.XYXY_ABS,
@@ -356,7 +368,9 @@ def test_dataset_dict(image, metadata, tmp_path):
 
 def colors_of(visualizer, masks, classes):
     """The colours that the masks of one frame get, read from the picture."""
-    output = visualizer.draw_instance_predictions(np.zeros((HEIGHT, WIDTH, 3)), as_instances(masks, classes)).get_image()
+    output = visualizer.draw_instance_predictions(
+        np.zeros((HEIGHT, WIDTH, 3)), as_instances(masks, classes)
+    ).get_image()
     found = []
     for mask in masks:
         values, counts = np.unique(output[mask], axis=0, return_counts=True)
@@ -400,7 +414,9 @@ def test_colours_by_box_id_and_field(metadata):
     first = edge_colors(by_id, boxes, ID=[7, 9])
     assert edge_colors(by_id, boxes, ID=[9, 7]) == first[::-1]
     assert edge_colors(by_id, boxes, COLOR=[(1, 0, 0), (0, 0, 1)]) == [(1, 0, 0), (0, 0, 1)]
-    assert (by_id.draw_instance_predictions(frame, as_instances(np.zeros((0, HEIGHT, WIDTH), bool), [])).get_image() == 0).all()
+    assert (
+        by_id.draw_instance_predictions(frame, as_instances(np.zeros((0, HEIGHT, WIDTH), bool), [])).get_image() == 0
+    ).all()
 
 
 def test_video_panoptic_and_semantic(metadata, image):

@@ -1,7 +1,7 @@
 """Cityscapes' own metrics: the scores of cityscapesscripts, from counts that are taken image by image.
 
-The official scripts read every prediction back from PNG files; here the counts that their formulas need are taken while the
-images come in, so there are no files to share between processes.
+The official scripts read every prediction back from PNG files; here the counts that their formulas need are taken while
+the images come in, so there are no files to share between processes.
 """
 
 from __future__ import annotations
@@ -65,14 +65,16 @@ class CityscapesEvaluator(DatasetEvaluator):
 
 def _check_size(file_name: str, predicted: Sequence[int], truth: np.ndarray) -> None:
     if tuple(predicted) != truth.shape:
-        raise ValueError(f"prediction for {file_name!r} is {tuple(predicted)} (height, width), its labels are {truth.shape}")
+        raise ValueError(
+            f"prediction for {file_name!r} is {tuple(predicted)} (height, width), its labels are {truth.shape}"
+        )
 
 
 class CityscapesSemSegEvaluator(CityscapesEvaluator):
     """Evaluates ``output["sem_seg"]`` (scores of the 19 training classes, or a map of them).
 
-    The results are ``{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup"}}`` in percent: over classes and over categories, plain
-    and weighted by instance size.
+    The results are ``{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup"}}`` in percent: over classes and over
+    categories, plain and weighted by instance size.
     """
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
@@ -93,15 +95,17 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The confusion matrix (truth, prediction) over label ids, and weighted correct and wrong pixels of instances.
 
-        The second is by class and category name: the sums over their instances of correct and wrong pixels, each weighted
-        with the mean size of the class over the size of the instance.
+        The second is by class and category name: the sums over their instances of correct and wrong pixels, each
+        weighted with the mean size of the class over the size of the instance.
         """
         from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as script
         from cityscapesscripts.helpers.labels import id2label
 
         side = len(script.generateMatrix(script.args))
         if truth.min() < 0 or truth.max() >= side:
-            raise ValueError(f"label ids of {file_name!r} must lie in 0..{side - 1}, found {truth.min()}..{truth.max()}")
+            raise ValueError(
+                f"label ids of {file_name!r} must lie in 0..{side - 1}, found {truth.min()}..{truth.max()}"
+            )
         matrix = np.bincount((truth * side + predicted).ravel(), minlength=side * side).reshape(side, side)
         groups = script.generateInstanceStats(script.args)
         weighted = {name: np.zeros(2) for name in (*groups["classes"], *groups["categories"])}
@@ -139,19 +143,26 @@ class CityscapesSemSegEvaluator(CityscapesEvaluator):
                     sums["fnWeighted"] += weighted[name][1]
         by_class = {
             "IoU": {id2label[i].name: script.getIouScoreForLabel(i, matrix, args) for i in args.evalLabels},
-            "iIoU": {id2label[i].name: script.getInstanceIouScoreForLabel(i, matrix, stats, args) for i in args.evalLabels},
+            "iIoU": {
+                id2label[i].name: script.getInstanceIouScoreForLabel(i, matrix, stats, args) for i in args.evalLabels
+            },
         }
         by_category = {
             "IoU_sup": {c: script.getIouScoreForCategory(c, matrix, args) for c in category2labels},
             "iIoU_sup": {c: script.getInstanceIouScoreForCategory(c, matrix, stats, args) for c in category2labels},
         }
         results = {
-            name: 100 * float(script.getScoreAverage(scores, args)) for name, scores in {**by_class, **by_category}.items()
+            name: 100 * float(script.getScoreAverage(scores, args))
+            for name, scores in {**by_class, **by_category}.items()
         }
         rows = [
-            [name, 100 * iou, 100 * by_class["iIoU"][name]] for name, iou in by_class["IoU"].items() if not np.isnan(iou)
+            [name, 100 * iou, 100 * by_class["iIoU"][name]]
+            for name, iou in by_class["IoU"].items()
+            if not np.isnan(iou)
         ]
-        logger.info("Cityscapes classes:\n" + tabulate(rows, headers=["class", "IoU", "iIoU"], floatfmt=".2f", tablefmt="pipe"))
+        logger.info(
+            "Cityscapes classes:\n" + tabulate(rows, headers=["class", "IoU", "iIoU"], floatfmt=".2f", tablefmt="pipe")
+        )
         return OrderedDict(sem_seg=results)
 
 
@@ -183,7 +194,9 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
             warnings.filterwarnings("ignore", message="Mean of empty slice", category=RuntimeWarning)
             averages = script.computeAverages(script.evaluateMatches(images, args), args)
         rows = [[name, 100 * v["ap"], 100 * float(np.squeeze(v["ap50%"]))] for name, v in averages["classes"].items()]
-        logger.info("Cityscapes instances:\n" + tabulate(rows, headers=["class", "AP", "AP50"], floatfmt=".2f", tablefmt="pipe"))
+        logger.info(
+            "Cityscapes instances:\n" + tabulate(rows, headers=["class", "AP", "AP50"], floatfmt=".2f", tablefmt="pipe")
+        )
         return OrderedDict(segm={"AP": 100 * float(averages["allAp"]), "AP50": 100 * float(averages["allAp50%"])})
 
 

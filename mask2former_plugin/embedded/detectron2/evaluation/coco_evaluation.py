@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation.evaluator import DatasetEvaluator
@@ -38,8 +39,8 @@ DEFAULT_MAX_DETS = [1, 10, 100]
 class COCOEvaluator(DatasetEvaluator):
     """Evaluates ``output["instances"]`` with COCO's average precision over boxes (``bbox``) and masks (``segm``).
 
-    The results are a dict per task, in percent: ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<class>``;
-    NaN where the ground truth has nothing to compare with, or if there is not one prediction.
+    The results are a dict per task, in percent: ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and
+    ``AP-<class>``; NaN where the ground truth has nothing to compare with, or if there is not one prediction.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class COCOEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a registered dataset. Without ``json_file`` in its metadata it is converted to COCO's format, into
-                ``output_dir``.
+            dataset_name: a registered dataset. Without ``json_file`` in its metadata it is converted to COCO's format,
+                into ``output_dir``.
             tasks: of "bbox" and "segm"; None for what the predictions allow.
             distributed: bring the predictions of all processes together; otherwise evaluate those of this process.
             output_dir: where to write ``instances_predictions.pth`` and ``coco_instances_results.json``.
@@ -66,6 +67,9 @@ class COCOEvaluator(DatasetEvaluator):
             kpt_oks_sigmas: accepted for compatibility; keypoints need upstream Detectron2.
             allow_cached_coco: use the result of an earlier conversion.
         """
+        if isinstance(tasks, CfgNode):
+            logger.warning("COCOEvaluator no longer takes a config; the tasks follow from the predictions.")
+            tasks = None
         if tasks is not None:
             tasks = tuple(tasks)
             for task in tasks:
@@ -236,8 +240,8 @@ def instances_to_coco_json(instances: Instances, img_id: int | str) -> list[dict
         img_id: the image's id in the dataset.
 
     Returns:
-        N dicts of plain Python values: ``image_id``, ``category_id`` (the contiguous class), ``bbox`` (XYWH), ``score`` and,
-        with masks, ``segmentation``.
+        N dicts of plain Python values: ``image_id``, ``category_id`` (the contiguous class), ``bbox`` (XYWH), ``score``
+        and, with masks, ``segmentation``.
     """
     if len(instances) == 0:
         return []
@@ -290,7 +294,7 @@ def _evaluate_predictions_on_coco(
         raise ValueError("there are no results to evaluate")
     if use_fast_impl is not None:
         cocoeval_fn = COCOeval_opt if use_fast_impl else COCOeval
-    # loadRes fills in fields, and takes the area, by which small and large are told apart, from the box if there is one.
+    # loadRes fills in fields, and takes the area, which tells small from large, from the box if there is one.
     fields = ("image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox")
     results = [{field: result[field] for field in fields} for result in coco_results]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -23,8 +23,8 @@ MAX_WARMUP_BATCHES = 5
 class DatasetEvaluator:
     """Collects what a model says about the images of a dataset and turns it into numbers.
 
-    ``reset`` comes first, ``process`` once per batch, ``evaluate`` last. With several processes each one sees a share of the
-    images; ``evaluate`` brings them together and gives the results on the main process.
+    ``reset`` comes first, ``process`` once per batch, ``evaluate`` last. With several processes each one sees a share
+    of the images; ``evaluate`` brings them together and gives the results on the main process.
     """
 
     def reset(self) -> None:
@@ -117,15 +117,15 @@ def inference_on_dataset(
     """Run ``model`` over ``data_loader`` without gradients and return what ``evaluator`` makes of it.
 
     A module is put into eval mode and afterwards, also after an exception, back into the mode of each of its parts. The
-    GPU is not synchronised after every batch, so on CUDA the time of queued kernels shows up where a result is first read,
-    usually under "Eval".
+    GPU is not synchronised after every batch, so on CUDA the time of queued kernels shows up where a result is first
+    read, usually under "Eval".
 
     Args:
         model: a module, or any callable from a batch (list of dicts) to a list of result dicts.
         data_loader: an iterable of batches that has a length.
         evaluator: one evaluator, several, or None to run the model only.
-        callbacks: optional functions without arguments under ``on_start``, ``before_inference``, ``after_inference`` and
-            ``on_end``.
+        callbacks: optional functions without arguments under ``on_start``, ``before_inference``, ``after_inference``
+            and ``on_end``.
 
     Returns:
         The results; an empty dict on processes other than the main one.

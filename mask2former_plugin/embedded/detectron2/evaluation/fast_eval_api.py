@@ -1,4 +1,4 @@
-"""COCO average precision in C++ (faster-coco-eval), under the name that upstream gives its own; pycocotools without it."""
+"""COCO average precision in C++ (faster-coco-eval) under the name of upstream's own; pycocotools without it."""
 
 from __future__ import annotations
 

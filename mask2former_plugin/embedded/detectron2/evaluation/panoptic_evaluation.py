@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 class COCOPanopticEvaluator(DatasetEvaluator):
     """Evaluates ``output["panoptic_seg"]`` against a COCO panoptic dataset.
 
-    Images are matched while they come in, so only a few counts per image are kept and sent between processes. Images that
-    were not seen don't count; how many there were is logged.
+    Images are matched while they come in, so only a few counts per image are kept and sent between processes. Images
+    that were not seen don't count; how many there were is logged.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
         """
         Args:
             dataset_name: a registered dataset whose metadata has ``panoptic_json``, ``panoptic_root``,
-                ``thing_dataset_id_to_contiguous_id``, ``stuff_dataset_id_to_contiguous_id`` and, for models that give no
-                ``segments_info``, ``label_divisor``.
-            output_dir: where to write ``predictions.json`` and, in ``predictions/``, the PNGs, in the format of the COCO
-                panoptic challenge; without it nothing is written.
+                ``thing_dataset_id_to_contiguous_id``, ``stuff_dataset_id_to_contiguous_id`` and, for models that give
+                no ``segments_info``, ``label_divisor``.
+            output_dir: where to write ``predictions.json`` and, in ``predictions/``, the PNGs, in the format of the
+                COCO panoptic challenge; without it nothing is written.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
         self._dataset_name = dataset_name
@@ -66,9 +66,10 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: dicts with ``file_name`` and ``image_id``.
-            outputs: dicts with ``panoptic_seg``: a map of segment ids (H, W), 0 for void, and a list of dicts with ``id``,
-                ``category_id`` and ``isthing`` (with ``isthing`` the category id is a contiguous one, without it the data
-                set's). The list may be None; then the map holds ``category_id * label_divisor + instance``, -1 for void.
+            outputs: dicts with ``panoptic_seg``: a map of segment ids (H, W), 0 for void, and a list of dicts with
+                ``id``, ``category_id`` and ``isthing`` (with ``isthing`` the category id is a contiguous one, without
+                it the data set's). The list may be None; then the map holds ``category_id * label_divisor + instance``,
+                -1 for void.
         """
         for input, output in zip(inputs, outputs):
             panoptic_map, segments = output["panoptic_seg"]
@@ -80,12 +81,14 @@ class COCOPanopticEvaluator(DatasetEvaluator):
                 if self._do_evaluation:
                     self._stats[str(input["image_id"])] = self._match(input["image_id"], panoptic_map, segments)
             except ValueError as error:
-                raise ValueError(f"panoptic prediction for image {input['image_id']!r} ({input['file_name']!r}): {error}") from error
+                raise ValueError(
+                    f"panoptic prediction for image {input['image_id']!r} ({input['file_name']!r}): {error}"
+                ) from error
             if self._output_dir:
                 self._write(input, panoptic_map, segments)
 
     def _segments_from_labels(self, labels: np.ndarray) -> tuple[np.ndarray, list[dict]]:
-        """Segments of a map of ``category_id * label_divisor + instance``; ids are the labels plus one, so that 0 is void."""
+        """Segments of a map of ``category_id * label_divisor + instance``; ids are labels plus one, so 0 is void."""
         divisor = self._metadata.label_divisor
         things = self._metadata.thing_dataset_id_to_contiguous_id.values()
         segments = [
@@ -128,7 +131,7 @@ class COCOPanopticEvaluator(DatasetEvaluator):
         self._predictions.append({"image_id": input["image_id"], "file_name": png_name, "segments_info": segments})
 
     def evaluate(self) -> OrderedDict | None:
-        """Return ``{"panoptic_seg": {PQ, SQ, RQ, PQ_th, ...}}`` in percent; None on processes other than the main one."""
+        """Return ``{"panoptic_seg": {PQ, SQ, RQ, PQ_th, ...}}`` in percent; None except on the main process."""
         synchronize()
         parts = gather((self._stats, self._predictions))
         if not is_main_process():
@@ -182,5 +185,7 @@ def read_panoptic_png(path: str) -> np.ndarray:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"panoptic ground truth doesn't exist: {path!r}") from error
     if image.mode not in ("RGB", "RGBA"):
-        raise ValueError(f"{path!r} must be an RGB picture with R + 256 G + 65536 B as segment id, but is {image.mode!r}")
+        raise ValueError(
+            f"{path!r} must be an RGB picture with R + 256 G + 65536 B as segment id, but is {image.mode!r}"
+        )
     return rgb2id(np.asarray(image)[..., :3])

@@ -138,8 +138,8 @@ class PQStat:
             isthing: only things, only stuff, or None for all.
 
         Returns:
-            The means over the categories that occur in truth or prediction, with their number ``n`` (NaN if none occurs),
-            and the values per category id (0 for those that don't occur).
+            The means over the categories that occur in truth or prediction, with their number ``n`` (NaN if none
+            occurs), and the values per category id (0 for those that don't occur).
         """
         per_class = {}
         occurring = []
@@ -169,9 +169,9 @@ def match_segments(
 ) -> PQStat:
     """Match the segments of one image.
 
-    A predicted and a true segment of the same category match if their IoU exceeds one half, predicted pixels on void not
-    counted; there is at most one such pair per segment. Crowd segments match nothing. A prediction without a match is
-    forgiven if more than half of it lies on void and on the crowd segment of its category (the last one in
+    A predicted and a true segment of the same category match if their IoU exceeds one half, predicted pixels on void
+    not counted; there is at most one such pair per segment. Crowd segments match nothing. A prediction without a match
+    is forgiven if more than half of it lies on void and on the crowd segment of its category (the last one in
     ``true_segments``, as in the reference). Areas are counted in the maps; a predicted segment without pixels is none.
 
     Args:
@@ -190,7 +190,8 @@ def match_segments(
     true_index = _index_segments(true_map, true_segments, "the ground truth")
     predicted_index = _index_segments(predicted_map, predicted_segments, "the prediction")
     rows, columns = len(true_segments) + 2, len(predicted_segments) + 2
-    pairs = np.bincount((true_index * columns + predicted_index).ravel(), minlength=rows * columns).reshape(rows, columns)
+    both_indices = (true_index * columns + predicted_index).ravel()
+    pairs = np.bincount(both_indices, minlength=rows * columns).reshape(rows, columns)
     if pairs[:, 0].any():
         missing = np.unique(predicted_map[predicted_index == 0]).tolist()
         raise ValueError(f"the predicted map holds the segment ids {missing}, which its segments_info doesn't list")
@@ -227,11 +228,13 @@ def _index_segments(id_map: np.ndarray, segments: Sequence[Mapping], whose: str)
     ids = np.array([segment["id"] for segment in segments], dtype=np.int64)
     lowest, highest = (int(id_map.min()), int(id_map.max())) if id_map.size else (0, 0)
     if lowest < 0 or highest > MAX_ID or (len(ids) and not 0 < ids.min() <= ids.max() <= MAX_ID):
-        raise ValueError(f"segment ids of {whose} must lie in 1..{MAX_ID} (0 is void), found {lowest}..{highest} in its map")
+        raise ValueError(
+            f"segment ids of {whose} must lie in 1..{MAX_ID} (0 is void), found {lowest}..{highest} in its map"
+        )
     if len(np.unique(ids)) < len(ids):
         raise ValueError(f"segments_info of {whose} lists an id twice: {sorted(ids.tolist())}")
     # Of the pages of this table only those that are written or looked up become real memory.
     index_of_id = np.zeros(max(highest, int(ids.max(initial=0))) + 1, dtype=np.int32)
     index_of_id[VOID] = 1
     index_of_id[ids] = np.arange(2, len(ids) + 2)
-    return index_of_id[id_map]
+    return np.take(index_of_id, id_map)

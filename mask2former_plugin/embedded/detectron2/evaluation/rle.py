@@ -17,11 +17,11 @@ def encode_masks(masks: torch.Tensor) -> list[dict]:
     transposed.
 
     Args:
-        masks: (N, H, W), bool or numbers; what is above one half belongs to the mask (for bool and integers: what isn't 0).
+        masks: (N, H, W); what belongs to a mask is not 0, or, in floating-point masks, above one half.
 
     Returns:
-        N dicts ``{"size": [H, W], "counts": str}``, the codes that ``pycocotools.mask.encode`` makes (``counts`` decoded
-        to str, ready for JSON).
+        N dicts ``{"size": [H, W], "counts": str}``, the codes that ``pycocotools.mask.encode`` makes (``counts``
+        decoded to str, ready for JSON).
     """
     if masks.ndim != 3:
         raise ValueError(f"expected masks of shape (N, H, W), got {tuple(masks.shape)}")

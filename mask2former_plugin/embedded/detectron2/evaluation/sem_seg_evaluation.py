@@ -35,13 +35,14 @@ def load_image_into_numpy_array(filename: str, copy: bool = False, dtype: np.dty
 class SemSegEvaluator(DatasetEvaluator):
     """Evaluates ``output["sem_seg"]`` against the label files of a dataset.
 
-    The results are one dict under ``"sem_seg"``, all numbers in percent: ``mIoU``, ``fwIoU`` (weighted by class frequency),
-    ``mACC``, ``pACC``, and per class ``IoU-<name>``, ``BoundaryIoU-<name>``, ``min(IoU, B-Iou)-<name>`` and ``ACC-<name>``.
-    Means run over the classes that occur in the ground truth; other classes have NaN. Pixels with the ignore label count
-    nowhere.
+    The results are one dict under ``"sem_seg"``, all numbers in percent: ``mIoU``, ``fwIoU`` (weighted by class
+    frequency), ``mACC``, ``pACC``, and per class ``IoU-<name>``, ``BoundaryIoU-<name>``, ``min(IoU, B-Iou)-<name>`` and
+    ``ACC-<name>``. Means run over the classes that occur in the ground truth; other classes have NaN. Pixels with the
+    ignore label count nowhere.
 
-    Boundary IoU (Cheng et al., CVPR 2021) compares only the pixels of a mask that lie within 2 % of the image's diagonal of
-    its outline, summed over the dataset. The rim of an ignored area counts as outline for both sides, like the image's rim.
+    Boundary IoU (Cheng et al., CVPR 2021) compares only the pixels of a mask that lie within 2 % of the image's
+    diagonal of its outline, summed over the dataset. The rim of an ignored area counts as outline for both sides, like
+    the image's rim.
     """
 
     def __init__(
@@ -183,7 +184,9 @@ class SemSegEvaluator(DatasetEvaluator):
 
     def _log(self, metrics: dict[str, float]) -> None:
         summary = ["mIoU", "fwIoU", "mACC", "pACC"]
-        rows = [[name, *(metrics[f"{kind}-{name}"] for kind in ("IoU", "BoundaryIoU", "ACC"))] for name in self._class_names]
+        rows = [
+            [name, *(metrics[f"{kind}-{name}"] for kind in ("IoU", "BoundaryIoU", "ACC"))] for name in self._class_names
+        ]
         per_class = tabulate(rows, headers=["class", "IoU", "BoundaryIoU", "ACC"], floatfmt=".2f", tablefmt="pipe")
         overall = tabulate([[metrics[name] for name in summary]], headers=summary, floatfmt=".3f", tablefmt="pipe")
         logger.info(f"Semantic segmentation per class:\n{per_class}")
@@ -276,8 +279,8 @@ def boundary_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int)
 def boundary_pixels(labels: np.ndarray, distance: int) -> np.ndarray:
     """Pixels that an erosion of their own label's mask by ``distance`` (3×3 steps, nothing outside the image) removes.
 
-    All labels at once: the first step removes the pixels with another label, or the image's rim, among their eight neighbours;
-    every further step removes the neighbours of what went before.
+    All labels at once: the first step removes the pixels with another label, or the image's rim, among their eight
+    neighbours; every further step removes the neighbours of what went before.
 
     Args:
         labels: (H, W) below 65535.

@@ -54,8 +54,8 @@ class VideoVisualizer:
 
         Args:
             frame: (H, W, 3) RGB, 0..255.
-            predictions: with any of ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``; with ``ID``, colours follow
-                that number; with ``COLOR`` (N colours in 0..1), those are used.
+            predictions: with any of ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``; with ``ID``, colours
+                follow that number; with ``COLOR`` (N colours in 0..1), those are used.
         """
         visualizer = Visualizer(frame, self.metadata)
         if len(predictions) == 0:
@@ -118,7 +118,7 @@ class VideoVisualizer:
         )
 
     def _assign_colors(self, instances: Sequence[_TrackedObject]) -> list[tuple[float, float, float]]:
-        """Colours for the objects of a frame: of the tracked object of the same class that overlaps most, or new ones."""
+        """Colours of a frame's objects: of the tracked object of the same class that overlaps most, or new ones."""
         overlap = _overlaps(self._tracked, instances)
         unmatched = dict(enumerate(self._tracked))
         for flat in np.argsort(-overlap, axis=None, kind="stable"):
@@ -150,7 +150,9 @@ class VideoVisualizer:
         return color
 
 
-def _objects(classes: Sequence[int], boxes: np.ndarray | None, masks: Sequence[np.ndarray] | None) -> list[_TrackedObject]:
+def _objects(
+    classes: Sequence[int], boxes: np.ndarray | None, masks: Sequence[np.ndarray] | None
+) -> list[_TrackedObject]:
     codes = None if masks is None else [mask_util.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
     return [
         _TrackedObject(label, None if boxes is None else boxes[i], None if codes is None else codes[i])
@@ -167,7 +169,9 @@ def _overlaps(old: Sequence[_TrackedObject], new: Sequence[_TrackedObject]) -> n
         overlap[:] = mask_util.iou([t.mask for t in old], [t.mask for t in new], [0] * len(new))
         overlap[overlap <= MIN_MASK_IOU] = 0
     elif all(tracked.box is not None for tracked in (*old, *new)):
-        xywh = [np.array([[*t.box[:2], *(t.box[2:] - t.box[:2])] for t in side], dtype=np.float64) for side in (old, new)]
+        xywh = [
+            np.array([[*t.box[:2], *(t.box[2:] - t.box[:2])] for t in side], dtype=np.float64) for side in (old, new)
+        ]
         overlap[:] = mask_util.iou(*xywh, [0] * len(new))
         overlap[overlap <= MIN_BOX_IOU] = 0
     same = np.array([[a.label == b.label for b in new] for a in old])

@@ -9,11 +9,8 @@ from enum import Enum, unique
 import cv2
 import matplotlib.colors as mplc
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon, Rectangle
 from PIL import Image
@@ -22,7 +19,9 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from detectron2.utils.colormap import colormap, random_color
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.generic_mask import GenericMask
 from detectron2.utils.missing import needs_upstream
+from detectron2.utils.vis_image import VisImage
 
 __all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
 
@@ -40,78 +39,6 @@ class ColorMode(Enum):
     IMAGE = 0  # every instance its own colour
     SEGMENTATION = 1  # instances of a class have similar colours, those of the metadata
     IMAGE_BW = 2  # as IMAGE, and everything that isn't an instance is grey
-
-
-class GenericMask:
-    """A mask from whatever it comes as: an array (H, W), a run-length code, or polygons (flat x, y lists)."""
-
-    def __init__(self, mask_or_polygons, height: int, width: int) -> None:
-        self.height = height
-        self.width = width
-        self._mask = self._polygons = self._has_holes = None
-        if isinstance(mask_or_polygons, dict):
-            code = mask_or_polygons
-            if isinstance(code["counts"], list):
-                code = mask_util.frPyObjects(code, *code["size"])
-            mask_or_polygons = mask_util.decode(code)
-        if isinstance(mask_or_polygons, list):
-            self._polygons = [np.asarray(polygon).reshape(-1) for polygon in mask_or_polygons]
-            self._has_holes = False
-        elif isinstance(mask_or_polygons, np.ndarray):
-            if mask_or_polygons.shape != (height, width):
-                raise ValueError(f"a mask has shape {mask_or_polygons.shape}, the image is {(height, width)}")
-            self._mask = (mask_or_polygons != 0).astype(np.uint8)
-        else:
-            raise TypeError(f"a mask must be an array, a run-length code or polygons, not {type(mask_or_polygons)}")
-
-    @property
-    def mask(self) -> np.ndarray:
-        """(H, W) uint8, 0 or 1."""
-        if self._mask is None:
-            self._mask = self.polygons_to_mask(self._polygons)
-        return self._mask
-
-    @property
-    def polygons(self) -> list[np.ndarray]:
-        """Outlines (of holes, too) as flat x, y arrays in continuous coordinates: pixel centres lie at .5."""
-        if self._polygons is None:
-            self._polygons, self._has_holes = self.mask_to_polygons(self._mask)
-        return self._polygons
-
-    @property
-    def has_holes(self) -> bool:
-        if self._has_holes is None:
-            self._polygons, self._has_holes = self.mask_to_polygons(self._mask)
-        return self._has_holes
-
-    def mask_to_polygons(self, mask: np.ndarray) -> tuple[list[np.ndarray], bool]:
-        contours, hierarchy = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[-2:]
-        if hierarchy is None:
-            return [], False
-        polygons = []
-        for contour in contours:
-            if len(contour) >= 3:
-                polygons.append(contour.reshape(-1).astype(np.float64) + 0.5)
-            else:  # one or two pixels: their squares, so that tiny objects don't vanish
-                x, y, w, h = cv2.boundingRect(contour)
-                polygons.append(np.array([x, y, x + w, y, x + w, y + h, x, y + h], dtype=np.float64))
-        return polygons, bool((hierarchy.reshape(-1, 4)[:, 3] >= 0).any())
-
-    def polygons_to_mask(self, polygons: Sequence[np.ndarray]) -> np.ndarray:
-        usable = [polygon.tolist() for polygon in polygons if len(polygon) >= 6]
-        if not usable:
-            return np.zeros((self.height, self.width), dtype=np.uint8)
-        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(usable, self.height, self.width)))
-
-    def area(self) -> int:
-        """Number of pixels."""
-        return int(self.mask.sum())
-
-    def bbox(self) -> np.ndarray:
-        """XYXY around the pixels, (4,); zeros if there is none."""
-        box = mask_util.toBbox(mask_util.encode(np.asfortranarray(self.mask)))
-        box[2:] += box[:2]
-        return box
 
 
 def _create_text_labels(
@@ -133,50 +60,11 @@ def _create_text_labels(
     return labels
 
 
-class VisImage:
-    """An image with a matplotlib axis over it, in the image's coordinates (x to the right, y down, pixels are unit squares)."""
-
-    def __init__(self, img: np.ndarray, scale: float = 1.0) -> None:
-        """
-        Args:
-            img: (H, W, 3) RGB, 0..255.
-            scale: size of the output over the size of the image.
-        """
-        self.img = img
-        self.scale = scale
-        self.height, self.width = img.shape[:2]
-        self.fig = Figure(frameon=False)
-        self.dpi = self.fig.get_dpi()
-        # The small addition keeps rounding from losing a row or a column.
-        self.fig.set_size_inches((self.width * scale + 1e-2) / self.dpi, (self.height * scale + 1e-2) / self.dpi)
-        self.canvas = FigureCanvasAgg(self.fig)
-        self.ax = self.fig.add_axes((0.0, 0.0, 1.0, 1.0))
-        self.ax.axis("off")
-        self.ax.set_xlim(0.0, self.width)
-        self.ax.set_ylim(self.height, 0.0)
-        self.reset_image(img)
-
-    def reset_image(self, img: np.ndarray) -> None:
-        """Put another image of the same size beneath what is drawn."""
-        self.ax.imshow(
-            img.clip(0, 255).astype(np.uint8), extent=(0, self.width, self.height, 0), interpolation="nearest", aspect="auto"
-        )
-
-    def save(self, filepath: str) -> None:
-        """Write to a file in the format that its ending names."""
-        self.fig.savefig(filepath)
-
-    def get_image(self) -> np.ndarray:
-        """(H * scale, W * scale, 3) uint8 RGB."""
-        buffer, (width, height) = self.canvas.print_to_buffer()
-        return np.frombuffer(buffer, dtype=np.uint8).reshape(height, width, 4)[..., :3].copy()
-
-
 class Visualizer:
     """Draws on one image; the drawing methods return the :class:`VisImage` that holds the result so far.
 
-    Class names and colours come from the metadata (``thing_classes``, ``thing_colors``, ``stuff_classes``, ``stuff_colors``);
-    what is missing is replaced by numbers and a palette.
+    Class names and colours come from the metadata (``thing_classes``, ``thing_colors``, ``stuff_classes``,
+    ``stuff_colors``); what is missing is replaced by numbers and a palette.
     """
 
     def __init__(
@@ -199,7 +87,8 @@ class Visualizer:
         self.metadata = metadata if metadata is not None else Metadata(name="")
         self.output = VisImage(self.img, scale=scale)
         self.cpu_device = torch.device("cpu")
-        self._default_font_size = max(np.sqrt(self.output.height * self.output.width) // 90, 10 // scale) * font_size_scale
+        font_size = max(np.sqrt(self.output.height * self.output.width) // 90, 10 // scale)
+        self._default_font_size = font_size * font_size_scale
         self._instance_mode = instance_mode
 
     def get_output(self) -> VisImage:
@@ -273,8 +162,8 @@ class Visualizer:
 
         Args:
             panoptic_seg: (H, W) segment ids.
-            segments_info: dicts with ``id``, contiguous ``category_id``, ``isthing`` and possibly ``score`` and ``iscrowd``;
-                None if the ids are ``category_id * label_divisor + instance`` (-1: nothing).
+            segments_info: dicts with ``id``, contiguous ``category_id``, ``isthing`` and possibly ``score`` and
+                ``iscrowd``; None if the ids are ``category_id * label_divisor + instance`` (-1: nothing).
         """
         panoptic_seg = _to_numpy(panoptic_seg)
         if segments_info is None:
@@ -506,7 +395,7 @@ class Visualizer:
     def draw_soft_mask(
         self, soft_mask: np.ndarray, color: Color | None = None, *, text: str | None = None, alpha: float = 0.5
     ) -> VisImage:
-        """Lay a colour over the image, as strongly as the mask (H, W) in 0..1 says; ``text`` goes where it is above 0.5."""
+        """Lay a colour over the image as strongly as the mask (H, W) in 0..1 says; ``text`` goes where that is > .5."""
         if color is None:
             color = random_color(rgb=True, maximum=1)
         color = mplc.to_rgb(color)
@@ -638,14 +527,9 @@ class Visualizer:
             masks_or_polygons = masks_or_polygons.polygons
         elif isinstance(masks_or_polygons, BitMasks):
             masks_or_polygons = masks_or_polygons.tensor
-        if isinstance(masks_or_polygons, torch.Tensor):
-            masks_or_polygons = _to_numpy(masks_or_polygons)
-        return [
-            mask
-            if isinstance(mask, GenericMask)
-            else GenericMask(_to_numpy(mask) if isinstance(mask, torch.Tensor) else mask, self.output.height, self.output.width)
-            for mask in masks_or_polygons
-        ]
+        masks = [_to_numpy(mask) if isinstance(mask, torch.Tensor) else mask for mask in masks_or_polygons]
+        size = self.output.height, self.output.width
+        return [mask if isinstance(mask, GenericMask) else GenericMask(mask, *size) for mask in masks]
 
 
 def _to_numpy(values: torch.Tensor | np.ndarray | Sequence) -> np.ndarray:
