@@ -31,7 +31,7 @@ ESCAPE = 27
 WINDOW = "mask2former_plugin"
 
 
-def parse_args():
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -41,7 +41,7 @@ def parse_args():
     parser.add_argument("--output", type=Path, help="file (one input) or folder; without it a window is opened")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances with a lower score are not drawn (default 0.5)")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config overrides: KEY VALUE …, MODEL.WEIGHTS first of all")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def build_predictor(args):
@@ -127,8 +127,8 @@ def draw_frame(frame: np.ndarray, output: dict, visualizer: VideoVisualizer, min
     return visualizer.draw_sem_seg(image, output["sem_seg"].argmax(0).cpu()).get_image()
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     predictor, metadata = build_predictor(args)
     if args.input:
         run_on_images(args, predictor, metadata)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_COMPARED = ("OUTPUT_DIR", "SOLVER.MAX_ITER", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
 
 
-def parse_args():
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=("mask2former", "maskformer"), default="mask2former")
     parser.add_argument("--data", type=Path, help="folder of the datasets, default $DETECTRON2_DATASETS or ./datasets")
@@ -29,7 +29,7 @@ def parse_args():
     again.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     again.add_argument("--fresh", action="store_true", help="delete the run in the output folder first")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE …, e.g. SOLVER.MAX_ITER 300")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def prepare_output(folder: Path, args, cfg) -> None:
@@ -81,8 +81,8 @@ def draw(cfg, folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     start = time.perf_counter()
     data = (args.data or Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))).expanduser()
     os.environ["DETECTRON2_DATASETS"] = str(data)  # before Detectron2 registers its datasets
