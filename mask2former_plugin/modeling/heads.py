@@ -35,16 +35,17 @@ def transformer_in_channels(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> 
         return cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
     if name not in input_shape:
         raise ValueError(
-            f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {name!r}; it must be 'transformer_encoder', 'pixel_embedding', "
-            f"{MULTI_SCALE!r} or one of the backbone outputs {sorted(input_shape)}"
+            f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {name!r}; it must be 'transformer_encoder', "
+            f"'pixel_embedding', {MULTI_SCALE!r} or one of the backbone outputs {sorted(input_shape)}"
         )
     return input_shape[name].channels
 
 
 class _PixelDecoderHead(nn.Module):
-    """A head with a ``pixel_decoder`` and a ``predictor``, that also reads checkpoints from before the former had its name.
+    """A head with a ``pixel_decoder`` and a ``predictor`` that also reads checkpoints without the former's name.
 
-    The names in the checkpoint decide, not its version: published files exist with either layout and with or without versions.
+    The names in the checkpoint decide, not its version: published files exist with either layout and with or without
+    versions.
     """
 
     _version = 2  # in checkpoints: tells the original code that the pixel decoder's names have their prefix
@@ -58,7 +59,10 @@ class _PixelDecoderHead(nn.Module):
         for key in old:
             state_dict[f"{prefix}pixel_decoder.{key[len(prefix):]}"] = state_dict.pop(key)
         if old:
-            logger.warning("The weights of %s come from an old checkpoint: they now belong to its pixel_decoder.", type(self).__name__)
+            logger.warning(
+                "The weights of %s come from an old checkpoint: they now belong to its pixel_decoder.",
+                type(self).__name__,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -70,7 +74,9 @@ class _TransformerHead(_PixelDecoderHead):
         multi_scale = getattr(predictor, "multi_scale_input", None)
         if multi_scale is not None and multi_scale != (in_feature == MULTI_SCALE):
             needs = repr(MULTI_SCALE) if multi_scale else "a single feature map"
-            raise ValueError(f"{type(predictor).__name__} needs MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE {needs}, got {in_feature!r}")
+            raise ValueError(
+                f"{type(predictor).__name__} needs MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE {needs}, got {in_feature!r}"
+            )
         self.pixel_decoder = pixel_decoder
         self.predictor = predictor
         self.transformer_in_feature = in_feature
@@ -100,15 +106,20 @@ class MaskFormerHead(_TransformerHead):
 
     @configurable
     def __init__(
-        self, *, num_classes: int, pixel_decoder: nn.Module, transformer_predictor: nn.Module, transformer_in_feature: str
+        self,
+        *,
+        num_classes: int,
+        pixel_decoder: nn.Module,
+        transformer_predictor: nn.Module,
+        transformer_in_feature: str,
     ) -> None:
         """
         Args:
             num_classes: classes without "no object".
             pixel_decoder: has ``forward_features``.
             transformer_predictor: a transformer decoder.
-            transformer_in_feature: what the decoder reads: "transformer_encoder", "pixel_embedding", "multi_scale_pixel_decoder" or
-                the name of a backbone map.
+            transformer_in_feature: what the decoder reads: "transformer_encoder", "pixel_embedding",
+                "multi_scale_pixel_decoder" or the name of a backbone map.
 
         Raises:
             ValueError: the decoder cannot read that.
@@ -134,7 +145,8 @@ def per_pixel_loss(logits: Tensor, targets: Tensor, ignore_value: int) -> Tensor
     """Mean cross entropy over the pixels with a label, in at least float32; 0 if there are none.
 
     Args:
-        logits: ``[B, K, h, w]``, upsampled to the multiple of the targets' size that the stride asks for; what exceeds it is cut off.
+        logits: ``[B, K, h, w]``, upsampled to the multiple of the targets' size that the stride asks for; what exceeds
+            it is cut off.
         targets: ``[B, H, W]`` labels.
         ignore_value: label of the pixels that don't count.
     """
@@ -150,7 +162,13 @@ class PerPixelBaselineHead(_PixelDecoderHead):
 
     @configurable
     def __init__(
-        self, *, num_classes: int, pixel_decoder: nn.Module, loss_weight: float = 1.0, ignore_value: int = -1, common_stride: int = 4
+        self,
+        *,
+        num_classes: int,
+        pixel_decoder: nn.Module,
+        loss_weight: float = 1.0,
+        ignore_value: int = -1,
+        common_stride: int = 4,
     ) -> None:
         """
         Args:
@@ -199,7 +217,7 @@ class PerPixelBaselineHead(_PixelDecoderHead):
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class PerPixelBaselinePlusHead(_TransformerHead):
-    """Per-pixel classification with MaskFormer's transformer decoder: query k predicts the logits of class k (PerPixelBaseline+)."""
+    """Per-pixel classification with MaskFormer's transformer decoder: query k predicts class k (PerPixelBaseline+)."""
 
     @configurable
     def __init__(
@@ -254,7 +272,7 @@ class PerPixelBaselinePlusHead(_TransformerHead):
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """See :meth:`PerPixelBaselineHead.forward`; with deep supervision also ``loss_sem_seg_{i}`` for every earlier layer i."""
+        """See :meth:`PerPixelBaselineHead.forward`; deep supervision adds ``loss_sem_seg_{i}`` for earlier layers."""
         prediction = self.predict(features)
         if not self.training:
             return upsample(prediction["mask_logits"].dense(), self.common_stride), {}

@@ -14,8 +14,8 @@ from torch import Tensor
 class MaskLogits:
     """The two factors of the mask logits ``embed[b, q, :] · features[b, :, y, x]`` (Mask2Former, section 3.1).
 
-    Resizing and point sampling are linear in the features, hence they commute with the product: each method below equals the same
-    operation on :meth:`dense`, up to rounding.
+    Resizing and point sampling are linear in the features, hence they commute with the product: each method below
+    equals the same operation on :meth:`dense`, up to rounding.
 
     Attributes:
         embed: mask embeddings, ``[B, Q, C]``.
@@ -48,8 +48,9 @@ class MaskLogits:
         """Logits at points, ``[B, Q, P]``.
 
         Args:
-            points: ``[B, P, 2]``, (x, y) in [0, 1] of the image; bilinear with zeros outside, ``align_corners=False``. The features are
-                sampled in at least float32, because half precision cannot tell neighbouring pixels of a large map apart.
+            points: ``[B, P, 2]``, (x, y) in [0, 1] of the image; bilinear with zeros outside, ``align_corners=False``.
+                The features are sampled in at least float32, because half precision cannot tell neighbouring pixels of
+                a large map apart.
         """
         features = self.features.to(torch.promote_types(self.features.dtype, torch.float32))
         grid = 2.0 * points.to(features.dtype) - 1.0
@@ -81,9 +82,10 @@ class MaskLogits:
 
 
 class MaskPrediction(dict):
-    """Output of a transformer decoder: ``pred_logits`` ``[B, Q, K+1]``, ``mask_logits`` (:class:`MaskLogits`), ``aux_outputs`` (list of the same).
+    """What a decoder predicts: ``pred_logits`` ``[B, Q, K+1]``, ``mask_logits``, and ``aux_outputs``, a list of them.
 
-    ``prediction["pred_masks"]`` gives the dense ``[B, Q, H, W]`` logits of the published interface; they are computed when asked for.
+    ``prediction["pred_masks"]`` gives the dense ``[B, Q, H, W]`` logits of the published interface; they are computed
+    when asked for.
     """
 
     def __missing__(self, key: str) -> Tensor:
@@ -94,7 +96,7 @@ class MaskPrediction(dict):
 
 
 def mask_logits_of(prediction: Mapping) -> MaskLogits:
-    """The mask logits of a prediction; those of a decoder that only gives dense ``pred_masks`` become the factors identity · masks."""
+    """The mask logits of a prediction; dense ``pred_masks`` become the factors identity · masks."""
     if "mask_logits" in prediction:
         return prediction["mask_logits"]
     masks = prediction["pred_masks"]

@@ -63,7 +63,9 @@ def features():
 
     def make(size=(75, 101), dtype=torch.float64, device="cpu"):
         return {
-            name: torch.randn(2, CHANNELS[name], *(math.ceil(s / STRIDES[name]) for s in size), dtype=dtype, device=device)
+            name: torch.randn(
+                2, CHANNELS[name], *(math.ceil(s / STRIDES[name]) for s in size), dtype=dtype, device=device
+            )
             for name in CHANNELS
         }
 
@@ -72,7 +74,7 @@ def features():
 
 @pytest.fixture
 def randomize():
-    """Gives every parameter of a module noise, so that zero and unit initial values hide nothing, and makes it float64."""
+    """Gives every parameter noise, so that zero and unit initial values hide nothing, and makes it float64."""
 
     def apply(module, scale=0.1):
         module.double()

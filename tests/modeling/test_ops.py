@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from mask2former_plugin.modeling.ops import cpu, implementation_for, ms_deform_attn, ms_deform_attn_cpu, ms_deform_attn_reference
+from mask2former_plugin.modeling.ops import (
+    cpu,
+    implementation_for,
+    ms_deform_attn,
+    ms_deform_attn_cpu,
+    ms_deform_attn_reference,
+)
 
 SHAPES = [(3, 4), (5, 2), (1, 1)]
 IMPLEMENTATIONS = [ms_deform_attn_reference, ms_deform_attn_cpu]
@@ -62,7 +68,9 @@ def test_gradients(implementation, chunks):
 
 def gradients(implementation, shapes, value, locations, weights):
     inputs = [x.clone().requires_grad_() for x in (value, locations, weights)]
-    output = implementation(value=inputs[0], spatial_shapes=shapes, sampling_locations=inputs[1], attention_weights=inputs[2])
+    output = implementation(
+        value=inputs[0], spatial_shapes=shapes, sampling_locations=inputs[1], attention_weights=inputs[2]
+    )
     noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return output, torch.autograd.grad((output * noise).sum(), inputs)
 
@@ -78,7 +86,7 @@ def test_cpu_equals_the_reference(shapes, chunks):
 
 
 def test_gradients_on_pixel_centres():
-    """There the derivative jumps, and that is where all points are at the start of a training: both take the one to the right."""
+    """The derivative jumps there, and there all points are when training starts: both take the one to the right."""
     shapes = [(8, 8)]  # eighths are exact
     x, y = torch.meshgrid(torch.arange(-2, 10), torch.arange(-2, 10), indexing="xy")
     places = torch.stack((x.flatten() + 0.5, y.flatten() + 0.5), 1).double()
@@ -117,11 +125,14 @@ def test_not_a_number_does_not_become_an_index():
     assert output[1].isfinite().all() and output[0, 0].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_choice_of_the_implementation():
     assert implementation_for(torch.device("cpu")) is ms_deform_attn_cpu
     assert implementation_for(torch.device("meta")) is ms_deform_attn_reference
     value, locations, weights = arguments()
-    torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), loops(value, SHAPES, locations, weights))
+    torch.testing.assert_close(
+        ms_deform_attn(value, SHAPES, locations, weights), loops(value, SHAPES, locations, weights)
+    )
     traced = torch.jit.trace(lambda v, l, w: ms_deform_attn(v, SHAPES, l, w), (value, locations, weights))
     assert "grid_sampler" in str(traced.graph)
 

@@ -63,7 +63,9 @@ def assert_outputs_and_gradients(decoder, features, expected):
 @pytest.fixture
 def build(small_config, input_shape, randomize):
     def make(name, *options):
-        return randomize(build_pixel_decoder(small_config("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", name, *options), input_shape))
+        return randomize(
+            build_pixel_decoder(small_config("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", name, *options), input_shape)
+        )
 
     return make
 
@@ -99,7 +101,9 @@ def deformable(decoder, state, maps, names, fpn_names):
     projected = []
     for number, name in enumerate(names):
         x = convolution(state, f"input_proj.{number}.0", maps[name])
-        projected.append(F.group_norm(x, 32, state[f"input_proj.{number}.1.weight"], state[f"input_proj.{number}.1.bias"]))
+        projected.append(
+            F.group_norm(x, 32, state[f"input_proj.{number}.1.weight"], state[f"input_proj.{number}.1.bias"])
+        )
     sizes = [tuple(p.shape[2:]) for p in projected]
     tokens = torch.cat([p.flatten(2).transpose(1, 2) for p in projected], dim=1)
     pos = torch.cat(

@@ -111,7 +111,9 @@ def test_values_and_gradients(randomize, size, options):
     backbone = randomize(D2SwinTransformer(**options))
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     state = dict(backbone.state_dict()) | dict(backbone.named_parameters())
-    expected = swin(state, image, options["depths"], options["num_heads"], options["window_size"], options.get("qk_scale"))
+    expected = swin(
+        state, image, options["depths"], options["num_heads"], options["window_size"], options.get("qk_scale")
+    )
     outputs = backbone(image)
     assert outputs.keys() == expected.keys()
     for name, specification in backbone.output_shape().items():
@@ -150,7 +152,9 @@ def test_published_names_and_shapes(full_config):
     assert "layers.3.downsample.norm.weight" not in state and not any("separation" in name for name in state)
     assert backbone.size_divisibility == 32
     assert [s.stride for s in backbone.output_shape().values()] == [4, 8, 16, 32]
-    assert [b.drop_path.rate for stage in backbone.layers for b in stage.blocks] == pytest.approx([i * 0.3 / 11 for i in range(12)])
+    assert [b.drop_path.rate for stage in backbone.layers for b in stage.blocks] == pytest.approx(
+        [i * 0.3 / 11 for i in range(12)]
+    )
 
 
 def test_modes_return_the_module():
@@ -208,7 +212,10 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"out_features": ["res1"]}, r"OUT_FEATURES must name some of \['res2', 'res3', 'res4', 'res5'\], got \['res1'\]"),
+        (
+            {"out_features": ["res1"]},
+            r"OUT_FEATURES must name some of \['res2', 'res3', 'res4', 'res5'\], got \['res1'\]",
+        ),
         ({"num_heads": (1, 2)}, "DEPTHS .* and MODEL.SWIN.NUM_HEADS .* differ in length"),
         ({"num_heads": (3, 3, 3, 3)}, "width 8 of a stage must be a multiple of its number of heads 3"),
     ],

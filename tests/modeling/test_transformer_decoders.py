@@ -36,7 +36,7 @@ def heads(decoder, x, mask_features):
 
 
 def masked_reference(decoder, maps, mask_features, pre_norm, num_heads):
-    """Sections 3.2 and 3.3 of Mask2Former with dense masks, as published. Also counts the rows that would attend nowhere."""
+    """Sections 3.2 and 3.3 of Mask2Former with dense masks. Also counts the rows that would attend nowhere."""
     memories = []
     for level, x in enumerate(maps):
         projected = decoder.input_proj[level](x)
@@ -64,7 +64,9 @@ def masked_reference(decoder, maps, mask_features, pre_norm, num_heads):
                 return x + change(layer.norm(x))
             return layer.norm(x + change(x))
 
-        output = residual(cross, output, lambda x: attention(cross.multihead_attn, x + query_pos, keys, memory, blocked))
+        output = residual(
+            cross, output, lambda x: attention(cross.multihead_attn, x + query_pos, keys, memory, blocked)
+        )
         output = residual(own, output, lambda x: attention(own.self_attn, x + query_pos, x + query_pos, x))
         output = residual(ffn, output, lambda x: ffn.linear2(ffn.linear1(x).relu()))
         predictions.append(heads(decoder, decoder.decoder_norm(output), mask_features))
@@ -90,7 +92,9 @@ def assert_same_predictions(decoder, prediction, expected):
     wanted = torch.autograd.grad(sum((w * n).sum() for (_, w), n in zip(pairs, noise)), parameters)
     for name, f, w in zip(names, found, wanted):
         scale = max(1.0, w.abs().max().item())
-        torch.testing.assert_close(f / scale, w / scale, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            f / scale, w / scale, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def levels(channels):

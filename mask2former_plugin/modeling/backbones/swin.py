@@ -64,11 +64,21 @@ class WindowAttention(nn.Module):
     relative_position_index: Tensor
 
     def __init__(
-        self, width: int, window: int, num_heads: int, *, qkv_bias: bool, qk_scale: float | None, attn_drop: float, drop: float
+        self,
+        width: int,
+        window: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        drop: float,
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"MODEL.SWIN: the width {width} of a stage must be a multiple of its number of heads {num_heads}")
+            raise ValueError(
+                f"MODEL.SWIN: the width {width} of a stage must be a multiple of its number of heads {num_heads}"
+            )
         self.num_heads = num_heads
         self.scale = qk_scale or (width // num_heads) ** -0.5
         self.attn_drop = attn_drop
@@ -83,13 +93,18 @@ class WindowAttention(nn.Module):
         """
         Args:
             windows: ``[N, window², C]``.
-            groups: how many of the windows, one group after the other, share which mask ``[window², window²]`` (None: no mask).
+            groups: how many of the windows, one group after the other, share which mask ``[window², window²]`` (None:
+                no mask).
 
         Returns:
             ``[N, window², C]``.
         """
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, window², window²]
-        qkv = self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, N, heads, window², d]
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(
+            2, 0, 1
+        )  # [heads, window², window²]
+        qkv = (
+            self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # [3, N, heads, window², d]
         attended = []
         for part, (_, separation) in zip(qkv.split([count for count, _ in groups], dim=1), groups):
             q, k, v = part
@@ -134,7 +149,9 @@ class SwinBlock(nn.Module):
 
     separation: Tensor
 
-    def __init__(self, width: int, num_heads: int, window: int, shift: int, mlp_ratio: float, drop_path: float, **attention: Any) -> None:
+    def __init__(
+        self, width: int, num_heads: int, window: int, shift: int, mlp_ratio: float, drop_path: float, **attention: Any
+    ) -> None:
         super().__init__()
         self.window = window
         self.shift = shift
@@ -223,7 +240,14 @@ class SwinStage(nn.Module):
     """Blocks of one resolution, unshifted and shifted in turn, and the step to the next resolution."""
 
     def __init__(
-        self, width: int, num_heads: int, window: int, drop_paths: Sequence[float], merge: bool, mlp_ratio: float, **attention: Any
+        self,
+        width: int,
+        num_heads: int,
+        window: int,
+        drop_paths: Sequence[float],
+        merge: bool,
+        mlp_ratio: float,
+        **attention: Any,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -237,8 +261,8 @@ class SwinStage(nn.Module):
 class D2SwinTransformer(Backbone):
     """Swin Transformer with outputs "res2" … "res5" at strides 4 … 32.
 
-    Stages after the last output do not run. Their parameters, and the norms of outputs that were not asked for, exist for the
-    checkpoint's sake but need no gradient.
+    Stages after the last output do not run. Their parameters, and the norms of outputs that were not asked for, exist
+    for the checkpoint's sake but need no gradient.
     """
 
     @configurable
@@ -292,7 +316,9 @@ class D2SwinTransformer(Backbone):
         if unknown or not out_features:
             raise ValueError(f"MODEL.SWIN.OUT_FEATURES must name some of {names}, got {list(out_features)}")
         if len(num_heads) != len(depths):
-            raise ValueError(f"MODEL.SWIN.DEPTHS {list(depths)} and MODEL.SWIN.NUM_HEADS {list(num_heads)} differ in length")
+            raise ValueError(
+                f"MODEL.SWIN.DEPTHS {list(depths)} and MODEL.SWIN.NUM_HEADS {list(num_heads)} differ in length"
+            )
         self.use_checkpoint = use_checkpoint
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim, patch_norm)
         self.absolute_pos_embed = None
@@ -363,7 +389,9 @@ class D2SwinTransformer(Backbone):
     def _freeze_unused(self) -> None:
         """Parameters that no output depends on get no gradient, which distributed training would wait for."""
         last = self._last_stage()
-        unused = [self.get_submodule(f"norm{n}") for n, name in enumerate(self._names) if name not in self._out_features]
+        unused = [
+            self.get_submodule(f"norm{n}") for n, name in enumerate(self._names) if name not in self._out_features
+        ]
         unused += list(self.layers[last + 1 :])
         if self.layers[last].downsample is not None:
             unused.append(self.layers[last].downsample)

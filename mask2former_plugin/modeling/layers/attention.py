@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class MultiheadAttention(nn.Module):
     """Batch-first multi-head attention that never builds the attention matrix where the device can avoid it.
 
-    Computes what ``nn.MultiheadAttention`` computes, from the same parameters (``in_proj_weight``, ``in_proj_bias``, ``out_proj``).
-    The boolean mask is shared by the heads and says where a query may look.
+    Computes what ``nn.MultiheadAttention`` computes, from the same parameters (``in_proj_weight``, ``in_proj_bias``,
+    ``out_proj``). The boolean mask is shared by the heads and says where a query may look.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -48,7 +48,8 @@ class MultiheadAttention(nn.Module):
             query: ``[B, Q, C]``.
             key: ``[B, S, C]``; pass the very same tensor as ``query`` for self-attention, it saves a product.
             value: ``[B, S, C]``.
-            allowed: bool, ``[B, 1, Q, S]``: True where the query may attend. A row without True gives no defined output.
+            allowed: bool, ``[B, 1, Q, S]``: True where the query may attend. A row without True gives no defined
+                output.
 
         Returns:
             ``[B, Q, C]``.

@@ -23,7 +23,9 @@ def reference_points(spatial_shapes: Sequence[tuple[int, int]], *, device: torch
 
 def _level_sizes(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(width, height) of each level, ``[L, 2]``; filled on the device, since a copy from the host would wait for it."""
-    numbers = [torch.full((1,), n, device=device, dtype=dtype) for height, width in spatial_shapes for n in (width, height)]
+    numbers = [
+        torch.full((1,), n, device=device, dtype=dtype) for height, width in spatial_shapes for n in (width, height)
+    ]
     return torch.cat(numbers).unflatten(0, (-1, 2))
 
 
@@ -55,7 +57,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """At the start head h looks into direction 2πh/heads, its p-th point p + 1 pixels away, all points with equal weight."""
+        """At the start head h looks into direction 2πh/heads, point p lies p + 1 pixels away, all weights are equal."""
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -78,8 +80,8 @@ class MSDeformAttn(nn.Module):
             query: ``[B, T, C]``.
             value: ``[B, S, C]``, the tokens of all levels.
             spatial_shapes: (height, width) of each level, Python integers.
-            points: ``[T, 2]``, place of each query, (x, y) in [0, 1], at least float32: half precision cannot tell neighbouring pixels
-                of a large map apart.
+            points: ``[T, 2]``, place of each query, (x, y) in [0, 1], at least float32: half precision cannot tell
+                neighbouring pixels of a large map apart.
 
         Returns:
             ``[B, T, C]``.

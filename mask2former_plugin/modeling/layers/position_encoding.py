@@ -22,8 +22,8 @@ def sine_position_encoding(
 ) -> Tensor:
     """Normalised sine position encoding of DETR without padding, one map for the whole batch.
 
-    The first half of the channels encodes y, the second half x. Sines are taken per row and per column, not per pixel, which makes the
-    encoding cheap enough to be computed where it is needed.
+    The first half of the channels encodes y, the second half x. Sines are taken per row and per column, not per pixel,
+    which makes the encoding cheap enough to be computed where it is needed.
 
     Args:
         size: (height, width) of the feature map.

@@ -70,7 +70,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
 
     def forward(self, x: Tensor, query_pos: Tensor, keys: Tensor, memory: Tensor) -> Tensor:
-        """Queries ``[B, Q, C]``, their positions ``[Q, C]``, memory with and without position ``[B, S, C]`` to ``[B, Q, C]``."""
+        """Queries ``[B, Q, C]``, positions ``[Q, C]``, memory ``[B, S, C]`` with (``keys``) and without position."""
         if self.pre_norm:
             x = x + self._attend(self.norm1(x), query_pos)
             x = x + self._look(self.norm2(x), query_pos, keys, memory)

@@ -17,7 +17,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": ms_deform_attn_cpu}
 
 
 def implementation_for(device: torch.device) -> Implementation:
-    """The fastest implementation for a device; while a graph is traced or exported, the reference, which is made of plain operators."""
+    """The fastest implementation for a device; for tracing and export the reference, made of plain operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return ms_deform_attn_reference
     return IMPLEMENTATIONS.get(device.type, ms_deform_attn_reference)
@@ -31,8 +31,8 @@ def ms_deform_attn(
     Args:
         value: ``[B, S, M, D]``, the tokens of all levels one after the other, row by row, for M heads.
         spatial_shapes: (height, width) of each of the L levels, Python integers; S = sum of height·width.
-        sampling_locations: ``[B, T, M, L, P, 2]``, (x, y) in [0, 1] of each level, ``align_corners=False``, zeros outside.
-            Interpolation happens in the precision of this tensor, so it should be at least float32.
+        sampling_locations: ``[B, T, M, L, P, 2]``, (x, y) in [0, 1] of each level, ``align_corners=False``, zeros
+            outside. Interpolation happens in the precision of this tensor, so it should be at least float32.
         attention_weights: ``[B, T, M, L, P]``.
 
     Returns:
@@ -43,12 +43,15 @@ def ms_deform_attn(
     """
     batch, length, heads, _ = value.shape
     if sum(h * w for h, w in spatial_shapes) != length:
-        raise ValueError(f"value has {length} tokens, but spatial_shapes {list(spatial_shapes)} describe another number")
+        raise ValueError(
+            f"value has {length} tokens, but spatial_shapes {list(spatial_shapes)} describe another number"
+        )
     expected = (batch, sampling_locations.shape[1], heads, len(spatial_shapes), sampling_locations.shape[4])
     if tuple(sampling_locations.shape) != (*expected, 2) or tuple(attention_weights.shape) != expected:
         raise ValueError(
-            f"sampling_locations must be [B, T, M, L, P, 2] and attention_weights [B, T, M, L, P] with B={batch}, M={heads}, "
-            f"L={len(spatial_shapes)}, got {tuple(sampling_locations.shape)} and {tuple(attention_weights.shape)}"
+            "sampling_locations must be [B, T, M, L, P, 2] and attention_weights [B, T, M, L, P] "
+            f"with B={batch}, M={heads}, L={len(spatial_shapes)}, "
+            f"got {tuple(sampling_locations.shape)} and {tuple(attention_weights.shape)}"
         )
     return implementation_for(value.device)(value, spatial_shapes, sampling_locations, attention_weights)
 

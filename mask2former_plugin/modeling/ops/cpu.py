@@ -1,8 +1,8 @@
-"""Multi-scale deformable attention on CPUs: a bilinear sample is a weighted sum of four table rows, which ``embedding_bag`` computes.
+"""Multi-scale deformable attention on CPUs: bilinear samples as weighted sums of table rows (``embedding_bag``).
 
-The maps are copied into a table with a border of zeros, so that samples outside need no special case: a row of a map gets two zero cells
-before it (those of the next row end it), a map gets two zero rows above and below. Positions are clamped to the border, where everything
-is zero, gradients included.
+The maps are copied into a table with a border of zeros, so that samples outside need no special case: a row of a map
+gets two zero cells before it (those of the next row end it), a map gets two zero rows above and below. Positions are
+clamped to the border, where everything is zero, gradients included.
 
 Queries are processed in chunks whose indices and weights stay in the cache.
 """
@@ -59,7 +59,7 @@ class _Sampler:
     """Indices and weights of the samples of a chunk of queries."""
 
     def __init__(self, table: _Table, chunk: int, heads: int, points: int, dtype: torch.dtype) -> None:
-        # constants are expanded to the size of a chunk: broadcasting over the few points of a level would be slower than the arithmetic
+        # constants have the size of a chunk: broadcasting over the few points of a level is slower than the arithmetic
         shape = (chunk, heads, len(table.shapes), points)
 
         def constant(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -86,8 +86,9 @@ class _Sampler:
     def __call__(self, locations: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         Returns:
-            table rows ``[N, 4·L·P]`` of the corners (upper left, upper right, lower left, lower right) for the N = queries·heads bags,
-            their weights, and the shares of the right column and of the lower row, ``[T, M, L, P]``.
+            table rows ``[N, 4·L·P]`` of the corners (upper left, upper right, lower left, lower right) for the N =
+            queries·heads bags, their weights, and the shares of the right column and of the lower row, ``[T, M, L,
+            P]``.
         """
         count = locations.shape[0]
         column, right = self._split(locations[..., 0], self.width[:count])
@@ -107,7 +108,9 @@ class _Attention(torch.autograd.Function):
     """Forward and backward in chunks of queries, nothing kept between them but the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]
+    ) -> Tensor:
         ctx.save_for_backward(value, locations, weights)
         ctx.shapes = shapes
         batch, _, heads, width = value.shape

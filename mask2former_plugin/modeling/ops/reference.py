@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain PyTorch: ``grid_sample`` level by level; the yardstick of the other implementations."""
+"""Multi-scale deformable attention in plain PyTorch, level by level; the yardstick of the other implementations."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def ms_deform_attn_reference(
     # the accumulated level sums, [B·M, D, T]
     output = maps.new_zeros(())
     for level, (size, tokens) in enumerate(zip(spatial_shapes, maps.split([h * w for h, w in spatial_shapes], dim=2))):
-        samples = F.grid_sample(tokens.unflatten(2, tuple(size)), grids[:, :, level], mode="bilinear", align_corners=False)
+        samples = F.grid_sample(
+            tokens.unflatten(2, tuple(size)), grids[:, :, level], mode="bilinear", align_corners=False
+        )
         output = output + (samples * weights[:, None, :, level]).sum(3)
     return output.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2).to(value.dtype)

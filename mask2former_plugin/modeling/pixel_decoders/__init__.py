@@ -24,7 +24,9 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.M
     name = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
     decoder = SEM_SEG_HEADS_REGISTRY.get(name)(cfg, input_shape)
     if not callable(getattr(decoder, "forward_features", None)):
-        raise ValueError(f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name} is no pixel decoder, it has no forward_features")
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name} is no pixel decoder, it has no forward_features"
+        )
     return decoder
 
 

@@ -31,7 +31,9 @@ NUM_POINTS = 4
 class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward, each followed by residual and norm."""
 
-    def __init__(self, width: int, num_levels: int, num_heads: int, num_points: int, feedforward: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, num_levels: int, num_heads: int, num_points: int, feedforward: int, dropout: float
+    ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.self_attn = MSDeformAttn(width, num_levels, num_heads, num_points)
@@ -60,11 +62,21 @@ class DeformableEncoder(nn.Module):
     """Deformable encoder over several maps that are given from coarse to fine."""
 
     def __init__(
-        self, num_levels: int, num_layers: int, width: int, num_heads: int, num_points: int, feedforward: int, dropout: float
+        self,
+        num_levels: int,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        num_points: int,
+        feedforward: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.encoder = _LayerStack(
-            [DeformableEncoderLayer(width, num_levels, num_heads, num_points, feedforward, dropout) for _ in range(num_layers)]
+            [
+                DeformableEncoderLayer(width, num_levels, num_heads, num_points, feedforward, dropout)
+                for _ in range(num_layers)
+            ]
         )
         self.level_embed = nn.Parameter(torch.empty(num_levels, width))
         nn.init.normal_(self.level_embed)
@@ -77,7 +89,8 @@ class DeformableEncoder(nn.Module):
         points = reference_points(sizes, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         pos = torch.cat(
             [
-                sine_position_encoding(size, x.shape[2], device=x.device, dtype=x.dtype).flatten(0, 1) + embed.to(x.dtype)
+                sine_position_encoding(size, x.shape[2], device=x.device, dtype=x.dtype).flatten(0, 1)
+                + embed.to(x.dtype)
                 for size, embed in zip(sizes, self.level_embed)
             ]
         )
@@ -123,7 +136,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             norm: norm of the FPN convolutions, as in Detectron2.
 
         Raises:
-            ValueError: an encoder level is not among the inputs, or there are too few levels to reach ``common_stride``.
+            ValueError: an encoder level is not among the inputs, or there are too few levels to reach
+                ``common_stride``.
         """
         super().__init__()
         levels = select_levels(input_shape, list(input_shape), "input_shape")
@@ -183,8 +197,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features: backbone maps by name, ``[B, C_i, H_i, W_i]``; sizes need not be multiples of each other.
 
         Returns:
-            per-pixel embeddings ``[B, mask_dim, H, W]`` at the common stride, the coarsest encoded map, and the three coarsest maps
-            ``[B, conv_dim, h, w]`` from coarse to fine.
+            per-pixel embeddings ``[B, mask_dim, H, W]`` at the common stride, the coarsest encoded map, and the three
+            coarsest maps ``[B, conv_dim, h, w]`` from coarse to fine.
         """
         projected = [project(features[name]) for project, name in zip(self.input_proj, self.transformer_in_features)]
         maps = self.transformer(projected)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 NUM_DECODER_LEVELS = 3
 
 PixelFeatures = tuple[Tensor, Tensor | None, list[Tensor]]
-"""Per-pixel embeddings, encoder features (None without an encoder), maps for the transformer decoder from coarse to fine."""
+"""Per-pixel embeddings, encoder features (None without an encoder), maps for the decoder from coarse to fine."""
 
 
 def select_levels(input_shape: dict[str, ShapeSpec], names: list[str], key: str) -> dict[str, ShapeSpec]:
@@ -39,7 +39,13 @@ def lateral_conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
 def output_conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
     """3×3 convolution, norm and ReLU."""
     conv = Conv2d(
-        in_channels, out_channels, kernel_size=3, padding=1, bias=norm == "", norm=get_norm(norm, out_channels), activation=F.relu
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        padding=1,
+        bias=norm == "",
+        norm=get_norm(norm, out_channels),
+        activation=F.relu,
     )
     weight_init.c2_xavier_fill(conv)
     return conv
@@ -68,7 +74,9 @@ class BasePixelDecoder(nn.Module):
         top = len(levels)
         for number, shape in enumerate(levels.values(), start=1):
             if number == top:
-                self.add_module(f"layer_{number}", output_conv(self.top_channels(shape.channels, conv_dim), conv_dim, norm))
+                self.add_module(
+                    f"layer_{number}", output_conv(self.top_channels(shape.channels, conv_dim), conv_dim, norm)
+                )
             else:
                 self.add_module(f"adapter_{number}", lateral_conv(shape.channels, conv_dim, norm))
                 self.add_module(f"layer_{number}", output_conv(conv_dim, conv_dim, norm))
@@ -99,8 +107,8 @@ class BasePixelDecoder(nn.Module):
             features: backbone maps by name, ``[B, C_i, H_i, W_i]``; sizes need not be multiples of each other.
 
         Returns:
-            per-pixel embeddings ``[B, mask_dim, H, W]`` at the finest level, encoder features (None here), and the three coarsest
-            maps ``[B, conv_dim, h, w]`` from coarse to fine.
+            per-pixel embeddings ``[B, mask_dim, H, W]`` at the finest level, encoder features (None here), and the
+            three coarsest maps ``[B, conv_dim, h, w]`` from coarse to fine.
         """
         top = len(self.in_features)
         x, encoder_features = self.encode(features[self.in_features[-1]])

@@ -1,4 +1,4 @@
-"""Feature pyramid pixel decoder with a transformer encoder on its coarsest level (MaskFormer for panoptic segmentation)."""
+"""Feature pyramid pixel decoder with a transformer encoder on its coarsest level (MaskFormer, panoptic)."""
 
 from __future__ import annotations
 

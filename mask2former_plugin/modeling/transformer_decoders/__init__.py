@@ -17,7 +17,9 @@ def build_transformer_decoder(cfg: CfgNode, in_channels: int, mask_classificatio
         in_channels: channels of the feature maps that it reads.
         mask_classification: whether it predicts a class for every query.
     """
-    return TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)(cfg, in_channels, mask_classification)
+    return TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)(
+        cfg, in_channels, mask_classification
+    )
 
 
 __all__ = [

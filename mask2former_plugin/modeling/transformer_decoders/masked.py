@@ -49,7 +49,7 @@ class CrossAttentionLayer(nn.Module):
         xavier_init(self)
 
     def forward(self, x: Tensor, query_pos: Tensor, keys: Tensor, memory: Tensor, allowed: Tensor) -> Tensor:
-        """Queries ``[B, Q, C]``, memory with and without position ``[B, S, C]``, mask ``[B, 1, Q, S]`` to ``[B, Q, C]``."""
+        """Queries ``[B, Q, C]``, memory ``[B, S, C]`` with (``keys``) and without position, mask ``[B, 1, Q, S]``."""
         query = (self.norm(x) if self.pre_norm else x) + query_pos
         x = x + self.multihead_attn(query, keys, memory, allowed)
         return x if self.pre_norm else self.norm(x)
@@ -79,8 +79,8 @@ def allowed_places(embed: Tensor, features: Tensor) -> Tensor:
 
     Args:
         embed: mask embeddings, ``[B, Q, C]``.
-        features: per-pixel embeddings at the size of the attended map, ``[B, C, S]``. Multiplying after the resize equals resizing
-            the product, for a fraction of the work.
+        features: per-pixel embeddings at the size of the attended map, ``[B, C, S]``. Multiplying after the resize
+            equals resizing the product, for a fraction of the work.
 
     Returns:
         bool, ``[B, 1, Q, S]``; no row is all False.
@@ -131,9 +131,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         """
         super().__init__()
         if not mask_classification:
-            raise ValueError("MultiScaleMaskedTransformerDecoder predicts classes and masks; it cannot do without the classes")
+            raise ValueError(
+                "MultiScaleMaskedTransformerDecoder predicts classes and masks; it cannot do without the classes"
+            )
         if dec_layers < 0:
-            raise ValueError("MODEL.MASK_FORMER.DEC_LAYERS counts the prediction before the first layer and must be at least 1")
+            raise ValueError(
+                "MODEL.MASK_FORMER.DEC_LAYERS counts the prediction before the first layer and must be at least 1"
+            )
         self.num_layers = dec_layers
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(hidden_dim, nheads, pre_norm) for _ in range(dec_layers)
@@ -188,13 +192,16 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             mask: there is no padding mask in this architecture; only None.
 
         Returns:
-            the prediction after the last layer, with the earlier ones under ``aux_outputs``, the first being that of the learned queries.
+            the prediction after the last layer, with the earlier ones under ``aux_outputs``, the first being that of
+            the learned queries.
 
         Raises:
             ValueError: there are not three maps, or a padding mask is given.
         """
         if mask is not None:
-            raise ValueError("padding masks are not supported: images are padded with zeros and attended to as they are")
+            raise ValueError(
+                "padding masks are not supported: images are padded with zeros and attended to as they are"
+            )
         if len(x) != NUM_LEVELS:
             raise ValueError(f"MultiScaleMaskedTransformerDecoder reads {NUM_LEVELS} feature maps, got {len(x)}")
         keys, memories, mask_levels = [], [], []

@@ -68,7 +68,9 @@ class StandardTransformerDecoder(nn.Module):
         """
         super().__init__()
         shape = (hidden_dim, nheads, dim_feedforward, dropout, pre_norm)
-        self.transformer = _EncoderDecoder(TransformerEncoder(enc_layers, *shape), TransformerDecoder(dec_layers, *shape))
+        self.transformer = _EncoderDecoder(
+            TransformerEncoder(enc_layers, *shape), TransformerDecoder(dec_layers, *shape)
+        )
         self.deep_supervision = deep_supervision
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.input_proj = input_projection(in_channels, hidden_dim, enforce_input_project)
@@ -103,10 +105,13 @@ class StandardTransformerDecoder(nn.Module):
             mask: there is no padding mask in this architecture; only None.
 
         Returns:
-            the prediction of the last layer, with those of the earlier layers under ``aux_outputs`` (empty without deep supervision).
+            the prediction of the last layer, with those of the earlier layers under ``aux_outputs`` (empty without deep
+            supervision).
         """
         if mask is not None:
-            raise ValueError("padding masks are not supported: images are padded with zeros and attended to as they are")
+            raise ValueError(
+                "padding masks are not supported: images are padded with zeros and attended to as they are"
+            )
         x = self.input_proj(x)
         memory = x.flatten(2).transpose(1, 2)
         pos = sine_position_encoding(x.shape[-2:], x.shape[1], device=x.device, dtype=x.dtype).flatten(0, 1)
