@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mask2former_plugin  # noqa: F401  (makes detectron2 importable)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from mask2former_plugin.detectron2_runtime import is_embedded
 
 
@@ -28,3 +29,14 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_datasets():
+    """What a test module registers is gone after it: another may use the same names for other folders."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        if name in MetadataCatalog.list():
+            MetadataCatalog.remove(name)
