@@ -49,24 +49,33 @@ def run(datasets, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["mask2former", "maskformer"])
 def test_train_evaluate_resume(run, arch):
-    results = run(arch, "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1")
+    results = run(arch, "SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1")
     assert set(results) == {"panoptic_seg", "segm", "bbox", "sem_seg"}
     for metric in (results["panoptic_seg"]["PQ"], results["sem_seg"]["mIoU"]):
         assert math.isnan(metric) or 0 <= metric <= 100
     output = run.output / arch
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
-    assert (output / "model_0000000.pth").is_file()
 
-    # resumed, not started again: the next iteration is number 2
+    # as if the run had been interrupted after two iterations: resumed, not started again
+    (output / "model_final.pth").unlink()
+    (output / "model_0000002.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    (output / "metrics.json").unlink()
     run(arch, "SOLVER.MAX_ITER", "3", flags=["--resume"])
-    saved = torch.load(output / "model_final.pth", weights_only=True)
-    assert saved["iteration"] == 2
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 2
     trained = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert [line["iteration"] for line in trained if "total_loss" in line][-1] >= 2
+    assert min(line["iteration"] for line in trained) >= 2
 
     # the same model evaluated alone gives the same numbers as at the end of training
     again = run(arch, "MODEL.WEIGHTS", str(output / "model_final.pth"), flags=["--eval-only"])
     assert set(again) == set(results)
+
+
+@pytest.mark.embedded_only  # upstream's WarmupPolyLR restores the old end and fails (detectron2 issue 2424)
+def test_resume_with_more_iterations(run):
+    run("mask2former", "SOLVER.MAX_ITER", "1")
+    run("mask2former", "SOLVER.MAX_ITER", "2", flags=["--resume"])
+    assert torch.load(run.output / "mask2former" / "model_final.pth", weights_only=True)["iteration"] == 1
 
 
 def test_evaluation_alone_equals_the_evaluation_after_training(run):
