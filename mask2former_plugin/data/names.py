@@ -1,9 +1,11 @@
-"""Message for a name that nobody knows: nearest known names first."""
+"""Names in messages: what is near to an unknown one, and the first few of many."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+_SHOWN = 5
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
@@ -13,3 +15,10 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     ordered = near + [other for other in names if other not in near]
     return f"Unknown {what} {name!r}.{hint} Known: {', '.join(ordered)}."
+
+
+def some(names: Iterable[str]) -> str:
+    """The first five names in alphabetical order, and how many more there are."""
+    ordered = sorted(names)
+    more = f", and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more

@@ -75,12 +75,13 @@ def _add_panoptic(
     )
 
 
-def _facts(name: str) -> dict[str, Any]:
+def dataset_facts(name: str) -> dict[str, Any]:
+    """Classes, colours and ids of ``ade20k``, ``ade20k_full``, ``coco_stuff_10k`` or ``mapillary_vistas``."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _register_ade20k(root: Path) -> None:
-    facts = _facts("ade20k")
+    facts = dataset_facts("ade20k")
     things = facts["thing_ids"]
     panoptic = {
         "thing_classes": [facts["classes"][i] for i in things],
@@ -119,7 +120,7 @@ def _register_ade20k(root: Path) -> None:
 
 
 def _register_ade20k_full(root: Path) -> None:
-    classes = _facts("ade20k_full")["classes"]
+    classes = dataset_facts("ade20k_full")["classes"]
     for split, folder in _SPLITS.items():
         images, labels = root / "images_detectron2" / folder, root / "annotations_detectron2" / folder
         _add_semantic(
@@ -152,7 +153,7 @@ def _register_coco_panoptic(root: Path) -> None:
 
 
 def _register_coco_stuff_10k(root: Path) -> None:
-    facts = _facts("coco_stuff_10k")
+    facts = dataset_facts("coco_stuff_10k")
     for split in ("train", "test"):
         _add_semantic(
             f"coco_2017_{split}_stuff_10k_sem_seg",
@@ -165,7 +166,7 @@ def _register_coco_stuff_10k(root: Path) -> None:
 
 
 def _register_mapillary(root: Path) -> None:
-    facts = _facts("mapillary_vistas")
+    facts = dataset_facts("mapillary_vistas")
     classes, colors = facts["classes"], facts["colors"]
     contiguous = {index + 1: index for index in range(len(classes))}
     for split, folder in _SPLITS.items():
@@ -184,6 +185,8 @@ def _register_mapillary(root: Path) -> None:
             panoptic_root,
             panoptic_root / "panoptic_2018.json",
             labels,
+            # the published registration has none: its preparation script is missing
+            json_file=str(root / f"mapillary_vistas_instance_{split}.json"),
             evaluator_type="mapillary_vistas_panoptic_seg",
             ignore_label=MAPILLARY_IGNORE_LABEL,
             thing_classes=classes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
+
+from mask2former_plugin.data.names import some
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".jp2")
 LABEL_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")
-_SHOWN = 5
 
 
 def load_semantic_folder(
@@ -30,7 +31,7 @@ def load_semantic_folder(
         ("label maps without an image", labels.keys() - images),
     ):
         if lonely:
-            problems.append(f"{len(lonely)} {what} ({_some(lonely)})")
+            problems.append(f"{len(lonely)} {what} ({some(lonely)})")
     if problems:
         raise ValueError(f"Dataset {name!r}: {' and '.join(problems)}; images in {image_root}, labels in {label_root}")
     return [{"file_name": str(images[stem]), "sem_seg_file_name": str(labels[stem])} for stem in sorted(images)]
@@ -48,9 +49,3 @@ def _by_stem(name: str, root: Path, extensions: Collection[str]) -> dict[str, Pa
             )
         files[stem] = path
     return files
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f", and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more
