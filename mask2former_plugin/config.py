@@ -22,6 +22,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     """Add the keys of Mask2Former (a superset of MaskFormer's) with their published defaults, and ours, in place."""
     _add_input_keys(cfg)
     _add_solver_keys(cfg)
+    _add_test_keys(cfg)
     _add_head_keys(cfg)
     _add_mask_former_keys(cfg)
     _add_swin_keys(cfg)
@@ -52,7 +53,14 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     node.OPTIMIZER = "ADAMW"
     node.BACKBONE_MULTIPLIER = 0.1
     node.AMP.PRECISION = "float16"  # or "bfloat16", which needs no loss scaling and runs on CPUs too
-    cfg.TEST.BEST_CHECKPOINT = CfgNode({"METRIC": "", "MODE": "max"})  # e.g. "panoptic_seg/PQ": keeps model_best.pth
+
+
+def _add_test_keys(cfg: CfgNode) -> None:
+    node = cfg.TEST
+    node.BEST_CHECKPOINT = CfgNode({"METRIC": "", "MODE": "max"})  # e.g. "panoptic_seg/PQ": keeps model_best.pth
+    node.BOUNDARY = False  # True: boundary AP and boundary PQ beside AP and PQ
+    node.BOUNDARY_DILATION_RATIO = 0.02  # width of the boundary in parts of the diagonal; the paper's for Cityscapes: 0.005
+    node.SEMANTIC_PQ = False  # True: PQ of semantic predictions beside mIoU
 
 
 def _add_head_keys(cfg: CfgNode) -> None:

@@ -1,6 +1,16 @@
 """What Detectron2's evaluators lack."""
 
+from mask2former_plugin.evaluation.boundary_ap import BoundaryCOCOEvaluator, BoundaryInstanceSegEvaluator
 from mask2former_plugin.evaluation.build import build_evaluator
 from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
+from mask2former_plugin.evaluation.panoptic_evaluation import BoundaryPanopticEvaluator
+from mask2former_plugin.evaluation.semantic_pq import SemanticPQEvaluator
 
-__all__ = ["InstanceSegEvaluator", "build_evaluator"]
+__all__ = [
+    "BoundaryCOCOEvaluator",
+    "BoundaryInstanceSegEvaluator",
+    "BoundaryPanopticEvaluator",
+    "InstanceSegEvaluator",
+    "SemanticPQEvaluator",
+    "build_evaluator",
+]
