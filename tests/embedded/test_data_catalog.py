@@ -39,7 +39,7 @@ def test_unknown_name_gives_the_nearest_known(dataset):
 
 
 @pytest.mark.embedded_only
-@pytest.mark.parametrize("name", ["lvis_v1_train", "voc_2007_train", "keypoints_coco_2017_val"])
+@pytest.mark.parametrize("name", ["lvis_v0.5_train", "voc_2007_train", "keypoints_coco_2017_val"])
 def test_datasets_of_upstream_only_say_so(name):
     with pytest.raises(NotImplementedError, match=f"{name}.*pip install"):
         DatasetCatalog.get(name)

@@ -14,7 +14,7 @@ from detectron2.utils.missing import needs_upstream
 __all__ = ["DatasetCatalog", "MetadataCatalog", "Metadata"]
 
 # Built-in datasets of upstream for which the embedded slice has no loader.
-_UPSTREAM_ONLY_PREFIXES = ("lvis_v", "voc_20", "keypoints_coco_")
+_UPSTREAM_ONLY_PREFIXES = ("lvis_v0.5", "voc_20", "keypoints_coco_")
 
 
 def _explain_unknown(name: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Registers the built-in datasets COCO, Cityscapes and ADE20K.
+"""Registers the built-in datasets COCO, LVIS v1, Cityscapes and ADE20K.
 
 Their files are looked for below the folder that the environment variable DETECTRON2_DATASETS names (default
 ./datasets), when a dataset is loaded; registering touches no file.
@@ -15,6 +15,7 @@ from detectron2.data.datasets.cityscapes import load_cityscapes_instances, load_
 from detectron2.data.datasets.cityscapes_panoptic import register_all_cityscapes_panoptic
 from detectron2.data.datasets.coco import load_sem_seg, register_coco_instances
 from detectron2.data.datasets.coco_panoptic import register_coco_panoptic, register_coco_panoptic_separated
+from detectron2.data.datasets.lvis import get_lvis_instances_meta, register_lvis_instances
 
 _ANNOTATIONS = "coco/annotations"
 
@@ -63,6 +64,15 @@ def register_all_coco(root: str) -> None:
         )
 
 
+def register_all_lvis(root: str) -> None:
+    """LVIS v1, on COCO's images of 2017."""
+    for split in ("train", "val", "image_info_test_dev", "image_info_test_challenge"):
+        name = f"lvis_v1_{split.removeprefix('image_info_')}"
+        # The trailing slash is part of upstream's metadata.
+        annotations, images = os.path.join(root, f"lvis/lvis_v1_{split}.json"), os.path.join(root, "coco/")
+        register_lvis_instances(name, get_lvis_instances_meta(name), annotations, images)
+
+
 def register_all_cityscapes(root: str) -> None:
     """Cityscapes with fine annotations: instances and semantic segmentation."""
     metadata = _get_builtin_metadata("cityscapes")
@@ -100,6 +110,7 @@ def register_all_ade20k(root: str) -> None:
 
 def _register_all(root: str) -> None:
     register_all_coco(root)
+    register_all_lvis(root)
     register_all_cityscapes(root)
     register_all_cityscapes_panoptic(root)
     register_all_ade20k(root)

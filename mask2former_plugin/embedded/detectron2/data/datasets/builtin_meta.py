@@ -9,7 +9,7 @@ from typing import Any
 _TABLES = Path(__file__).parent / "categories"
 
 
-def _read_table(name: str) -> list:
+def _read_table(name: str) -> Any:
     return json.loads((_TABLES / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -19,6 +19,11 @@ COCO_CATEGORIES: list[dict[str, Any]] = _read_table("coco")
 CITYSCAPES_CATEGORIES: list[dict[str, Any]] = [{**c, "color": tuple(c["color"])} for c in _read_table("cityscapes")]
 #: Names of the 150 classes of ADE20K's scene parsing benchmark, in the order of the label maps.
 ADE20K_SEM_SEG_CATEGORIES: list[str] = _read_table("ade20k")
+_LVIS_V1 = _read_table("lvis_v1")
+#: Names of the 1203 categories of LVIS v1 (the first synonym), in the order of their ids from 1.
+LVIS_V1_CLASSES: list[str] = _LVIS_V1["classes"]
+#: In how many of its training images each category occurs.
+LVIS_V1_IMAGE_COUNTS: list[int] = _LVIS_V1["image_counts"]
 
 # Color of the class "things" in label maps of stuff only.
 _THINGS_COLOR = [82, 18, 128]
