@@ -1,0 +1,119 @@
+"""Loads checkpoints of every published layout safely, reports what does not fit, and refuses what fits a wrong model."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from mask2former_plugin.checkpoint.huggingface import read_weights, weight_file
+from mask2former_plugin.checkpoint.layouts import fit_names, unwrap
+from mask2former_plugin.checkpoint.report import LoadReport
+
+if TYPE_CHECKING:
+    from mask2former_plugin.engine import Trainer
+
+_HEAD = "sem_seg_head."
+_HEURISTICS = "matching_heuristics"
+# follow from the config, or count training steps: a model without them is no worse
+_DERIVED = re.compile(r"(?:.*\.)?(?:relative_position_index|num_batches_tracked)|criterion\..*|pixel_mean|pixel_std")
+# the last layer of a head, which a new set of classes replaces
+_CLASSIFIER = re.compile(r"sem_seg_head\.predictor\.(?:class_embed\.)?(?:weight|bias)")
+
+
+class Checkpointer(DetectionCheckpointer):
+    """``DetectionCheckpointer`` that never unpickles arbitrary code and reads every published layout.
+
+    The names in a file decide what it is: a checkpoint of Detectron2, MaskFormer or Mask2Former of any age, of Hugging Face (file or
+    folder, whole or in shards), a torchvision or Detectron2 ResNet, a Swin release.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **options: Any) -> None:
+        """As ``DetectionCheckpointer``."""
+        super().__init__(model, save_dir, **options)
+        self._match_names = False
+        self._report = LoadReport(0, 0)
+        #: names of the weights that no checkpoint has given yet
+        self.random_weights = {name for name in self.model.state_dict() if not _DERIVED.fullmatch(name)}
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> Checkpointer:
+        """The checkpointer of a training: saves the model and the trainer's state to ``OUTPUT_DIR``."""
+        return cls(trainer.model, trainer.cfg.OUTPUT_DIR, trainer=weakref.proxy(trainer))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Remember where to resume; the best checkpoint so far is no such place, training has gone on since."""
+        if not last_filename_basename.startswith("model_best"):
+            super().tag_last_checkpoint(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As ``DetectionCheckpointer.load``; ``path`` may also be a Hugging Face folder or an index of its shards."""
+        path = os.fspath(path) if path else ""
+        query = f"?{_HEURISTICS}=True"
+        self._match_names = path.endswith(query)
+        path = path.removesuffix(query)
+        if path and os.path.isdir(path):
+            path = str(weight_file(path))
+        return super().load(path, *args, **kwargs)
+
+    def require_weights(self) -> None:
+        """Refuse a model that is random beyond its classifier; to call after loading, before an evaluation.
+
+        Raises:
+            ValueError: weights of other layers are still those of the initialisation; the text has the table by module.
+        """
+        random = sorted(name for name in self.random_weights if not _CLASSIFIER.fullmatch(name))
+        if random:
+            total = sum(not _DERIVED.fullmatch(name) for name in self.model.state_dict())
+            report = LoadReport(total - len(random), total, missing=random)
+            raise ValueError(
+                f"the model would be evaluated with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the config's model, or "
+                "MODEL.ALLOW_RANDOM_WEIGHTS True if you mean it."
+            )
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        checkpoint = unwrap(read_weights(filename))
+        if self._match_names:
+            checkpoint[_HEURISTICS] = True
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        checkpoint["model"], translated = fit_names(checkpoint["model"], self.model.state_dict().keys())
+        if translated:
+            checkpoint.pop(_HEURISTICS, None)
+        whole_model = any(_HEAD in name for name in checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _DERIVED.fullmatch(name)]
+        self._report = self._make_report(incompatible)
+        self._check_architecture(whole_model)
+        self.random_weights &= {*self._report.missing, *self._report.wrong_shape}
+        return incompatible
+
+    def _make_report(self, incompatible) -> LoadReport:
+        wrong_shape = {name: (tuple(found), tuple(wanted)) for name, found, wanted in incompatible.incorrect_shapes}
+        missing = [name for name in incompatible.missing_keys if name not in wrong_shape]
+        total = len(self.model.state_dict())
+        return LoadReport(
+            total - len(missing) - len(wrong_shape), total, missing, list(incompatible.unexpected_keys), wrong_shape
+        )
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        if self._report:
+            self.logger.warning("%s", self._report)
+        else:
+            self.logger.info("%s", self._report)
+
+    def _check_architecture(self, whole_model: bool) -> None:
+        unset = {*self._report.missing, *self._report.wrong_shape}
+        names = [name for name, _ in self.model.named_parameters()]
+        loaded = [name for name in names if name not in unset]
+        head = [name for name in names if _HEAD in name]
+        loaded_head = [name for name in head if name not in unset]
+        # weights of a backbone alone are fine; a whole model has to fill most of the head
+        if loaded and (not whole_model or 2 * len(loaded_head) >= len(head)):
+            return
+        raise ValueError(f"the checkpoint is of another architecture than the config's model: {self._report}")
