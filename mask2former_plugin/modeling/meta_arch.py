@@ -149,9 +149,8 @@ class MaskFormer(nn.Module):
         Raises:
             ValueError: no or inconsistent ground truth in training; the file is named.
         """
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         targets = self.prepare_targets(batched_inputs) if self.training else None
-        images = ImageList.from_tensors(images, self.size_divisibility)
+        images = self.preprocess(batched_inputs)
         padded_size = tuple(images.tensor.shape[-2:])
         outputs = self.sem_seg_head(self.backbone(images.tensor))
         if self.training:
@@ -166,6 +165,11 @@ class MaskFormer(nn.Module):
                 )
                 for i, (x, image_size) in enumerate(zip(batched_inputs, images.image_sizes))
             ]
+
+    def preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """The normalised images on the device of the model, padded to one size."""
+        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """``labels`` ``[n]`` int64 and ``masks`` ``[n, h, w]`` of each image, on the device of the model, checked."""
@@ -189,7 +193,7 @@ class MaskFormer(nn.Module):
         """Results of one image of the batch."""
         output_size = (wanted[0] or image_size[0], wanted[1] or image_size[1])
         resize_masks = self.sem_seg_postprocess_before_inference
-        tasks = self._tasks(class_logits, output_size)
+        tasks = self.inference_tasks(class_logits, output_size)
         queries = needed_queries(tasks)
         logits = masks.select(torch.full(queries.shape, index), queries)
         image_masks = ImageMasks(logits, padded_size, image_size, output_size if resize_masks else image_size)
@@ -197,7 +201,15 @@ class MaskFormer(nn.Module):
             return run_tasks(tasks, queries, image_masks)
         return {SemanticTask.name: resized_scores(class_logits, image_masks, output_size)}
 
-    def _tasks(self, class_logits: Tensor, size: tuple[int, int]) -> list[SemanticTask | PanopticTask | InstanceTask]:
+    def inference_tasks(
+        self, class_logits: Tensor, size: tuple[int, int]
+    ) -> list[SemanticTask | PanopticTask | InstanceTask]:
+        """The tasks that are on, for one image.
+
+        Args:
+            class_logits: ``[Q, K+1]``.
+            size: height and width of the results.
+        """
         tasks = []
         if self.semantic_on:
             tasks.append(SemanticTask(class_logits, size))
