@@ -75,6 +75,7 @@ def _add_head_keys(cfg: CfgNode) -> None:
 
 
 def _add_mask_former_keys(cfg: CfgNode) -> None:
+    cfg.MODEL.ALLOW_RANDOM_WEIGHTS = False  # True: evaluate a model even if MODEL.WEIGHTS leaves more than its classifier random
     cfg.MODEL.MASK_FORMER = CfgNode(
         {
             "DEEP_SUPERVISION": True,
@@ -159,7 +160,8 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
     """Read a YAML of MaskFormer, Mask2Former or this package, then ``KEY VALUE`` overrides.
 
     Args:
-        config_file: path of the YAML, ``_BASE_`` is followed; None gives the defaults.
+        config_file: path of the YAML, ``_BASE_`` is followed; None gives the defaults. The folder of a Hugging Face MaskFormer or
+            Mask2Former, or its ``config.json``, gives the config of that model, and its weights.
         opts: alternating dotted keys and values, as on the command line.
 
     Returns:
@@ -169,6 +171,12 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
         KeyError: a key does not exist; the message names the file and the nearest known key.
         ValueError: a value has the wrong type, or ``opts`` does not hold pairs.
     """
+    if config_file is not None and _is_huggingface(Path(config_file)):
+        from mask2former_plugin.checkpoint.huggingface import load_hf_config
+
+        cfg = load_hf_config(config_file)
+        _merge_overrides(cfg, list(opts))
+        return cfg
     cfg = get_cfg()
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
@@ -183,6 +191,10 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
             raise ValueError(f"{config_file}: {error}") from error
     _merge_overrides(cfg, list(opts))
     return cfg
+
+
+def _is_huggingface(path: Path) -> bool:
+    return path.is_dir() or path.name == "config.json"
 
 
 def differing_keys(first: CfgNode, second: CfgNode) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
+from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
@@ -131,6 +131,30 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
 
+def load_for_evaluation(model: nn.Module, cfg: CfgNode, *, resume: bool = False) -> None:
+    """Load ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``, for use and not for training.
+
+    Raises:
+        ValueError: more than the classifier would stay random, and ``MODEL.ALLOW_RANDOM_WEIGHTS`` is False.
+    """
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if not cfg.MODEL.ALLOW_RANDOM_WEIGHTS:
+        checkpointer.require_weights()
+
+
+class Predictor(DefaultPredictor):
+    """``DefaultPredictor`` that reads every checkpoint that :class:`Checkpointer` reads, and refuses random weights."""
+
+    def __init__(self, cfg: CfgNode):
+        without_weights = cfg.clone()
+        without_weights.defrost()
+        without_weights.MODEL.WEIGHTS = ""
+        super().__init__(without_weights)
+        self.cfg = cfg.clone()
+        load_for_evaluation(self.model, cfg)
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """Config of a run from the command line: read, checked, frozen; loggers and output folder ready.
 
@@ -156,7 +180,7 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
+    if weights and "://" not in weights and not os.path.exists(weights.removesuffix("?matching_heuristics=True")):
         raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")
 
 

@@ -5,6 +5,7 @@
       --opts MODEL.WEIGHTS output/quickstart/mask2former/model_final.pth
   python tools/demo.py --config-file … --video-input clip.mp4 --output clip_segmented.mp4 --opts …
   python tools/demo.py --config-file … --webcam --opts …
+  python tools/demo.py --config-file folder/of/a/huggingface/model --input photo.jpg
 """
 
 import argparse
@@ -18,13 +19,12 @@ import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import DefaultPredictor
 from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
-from mask2former_plugin.engine import check_config
+from mask2former_plugin.engine import Predictor, check_config
 from mask2former_plugin.visualization import draw_prediction
 
 ESCAPE = 27
@@ -49,12 +49,12 @@ def build_predictor(args):
         cfg = load_config(args.config_file, args.opts)
         register_custom_datasets(cfg)
         check_config(cfg, training=False)
+        if not cfg.MODEL.WEIGHTS and not cfg.MODEL.ALLOW_RANDOM_WEIGHTS:
+            raise ValueError("no weights: add --opts MODEL.WEIGHTS path/to/model_final.pth")
+        cfg.freeze()
+        return Predictor(cfg), MetadataCatalog.get(cfg.DATASETS.TEST[0])
     except (KeyError, ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    if not cfg.MODEL.WEIGHTS:
-        sys.exit("error: no weights: add --opts MODEL.WEIGHTS path/to/model_final.pth")
-    cfg.freeze()
-    return DefaultPredictor(cfg), MetadataCatalog.get(cfg.DATASETS.TEST[0])
 
 
 def run_on_images(args, predictor, metadata) -> None:

@@ -13,8 +13,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mask2former_plugin.checkpoint import Checkpointer
-from mask2former_plugin.engine import Trainer, setup
+from mask2former_plugin.engine import Trainer, load_for_evaluation, setup
 
 
 def main(args):
@@ -28,7 +27,7 @@ def main(args):
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    load_for_evaluation(model, cfg, resume=args.resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
