@@ -9,7 +9,14 @@ from mask2former_plugin import modeling  # noqa: F401  (registers the models)
 from mask2former_plugin.config import add_mask_former_config, add_maskformer2_config, load_config
 from mask2former_plugin.data import datasets  # noqa: F401  (registers the published datasets)
 from mask2former_plugin.modeling.meta_arch import MaskFormer
-from mask2former_plugin.test_time_augmentation import SemanticSegmentorWithTTA
+from mask2former_plugin.test_time_augmentation import MaskClassificationWithTTA, SemanticSegmentorWithTTA
 
 __version__ = "0.1.0"
-__all__ = ["MaskFormer", "SemanticSegmentorWithTTA", "add_mask_former_config", "add_maskformer2_config", "load_config"]
+__all__ = [
+    "MaskClassificationWithTTA",
+    "MaskFormer",
+    "SemanticSegmentorWithTTA",
+    "add_mask_former_config",
+    "add_maskformer2_config",
+    "load_config",
+]

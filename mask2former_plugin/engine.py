@@ -26,7 +26,7 @@ from mask2former_plugin.data.mappers import build_mapper
 from mask2former_plugin.data.names import unknown_name
 from mask2former_plugin.evaluation import build_evaluator
 from mask2former_plugin.solver import build_optimizer
-from mask2former_plugin.test_time_augmentation import SemanticSegmentorWithTTA
+from mask2former_plugin.test_time_augmentation import build_model_with_TTA
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +121,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
-        """Semantic evaluation with test-time augmentation on ``DATASETS.TEST``; the keys of the results end in ``_TTA``."""
+        """Evaluation with test-time augmentation on ``DATASETS.TEST``; the keys of the results end in ``_TTA``."""
         logger.info("Running inference with test-time augmentation")
-        model = SemanticSegmentorWithTTA(cfg, model)
+        model = build_model_with_TTA(cfg, model)
         evaluators = [
             cls.build_evaluator(cfg, name, output_folder=os.path.join(cfg.OUTPUT_DIR, "inference_TTA")) for name in cfg.DATASETS.TEST
         ]

@@ -1,4 +1,4 @@
-"""Semantic segmentation with test-time augmentation: scales and flips, averaged."""
+"""Test-time augmentation: scales and flips, averaged; semantic as published, instance and panoptic query by query."""
 
 from __future__ import annotations
 
@@ -11,26 +11,41 @@ from detectron2.modeling import DatasetMapperTTA
 from fvcore.transforms import HFlipTransform
 from torch import nn
 
+from mask2former_plugin.modeling.inference import ImageMasks, SemanticTask, needed_queries, run_tasks
+from mask2former_plugin.modeling.inference.query_fusion import FusedPasses, Pass
+from mask2former_plugin.modeling.mask_logits import mask_logits_of
+from mask2former_plugin.modeling.meta_arch import MaskFormer
 
-class SemanticSegmentorWithTTA(nn.Module):
-    """Averages the semantic scores of a model over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, mirrored images.
+
+def build_model_with_TTA(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model with the test-time augmentation that suits the tasks that are on."""
+    inner = _without_wrapper(model)
+    if isinstance(inner, MaskFormer) and (inner.panoptic_on or inner.instance_on):
+        return MaskClassificationWithTTA(cfg, model)
+    return SemanticSegmentorWithTTA(cfg, model)
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+class _WithTTA(nn.Module):
+    """One image at a time: makes the augmented copies of an input dict.
 
     Args:
         cfg: the model's config.
-        model: returns ``sem_seg`` ``[K, H, W]`` at the size of ``height`` and ``width`` of its input dict.
-        tta_mapper: makes the augmented copies of an input dict, default ``DatasetMapperTTA(cfg)``.
-        batch_size: augmented copies given to the model at once.
+        model: a model or its ``DistributedDataParallel`` wrapper.
+        tta_mapper: makes the augmented copies, default ``DatasetMapperTTA(cfg)``.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper=None, batch_size: int = 1):
+    def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper=None) -> None:
         super().__init__()
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model = _without_wrapper(model)
         self.image_format = cfg.INPUT.FORMAT
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
-        self.batch_size = batch_size
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """As the model's own, with ``sem_seg`` only: the mean over the copies, ``[K, height, width]``."""
+        """Results like the model's own, one dict per image."""
         return [self._one_image(self._complete(x)) for x in batched_inputs]
 
     def _complete(self, x: dict[str, Any]) -> dict[str, Any]:
@@ -42,9 +57,33 @@ class SemanticSegmentorWithTTA(nn.Module):
         x.setdefault("width", x["image"].shape[2])
         return x
 
-    def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
+    def _copies(self, x: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
+        """The augmented copies, and which of them are mirrored."""
         copies = self.tta_mapper(x)
         flipped = [any(isinstance(t, HFlipTransform) for t in copy.pop("transforms").transforms) for copy in copies]
+        return copies, flipped
+
+    def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class SemanticSegmentorWithTTA(_WithTTA):
+    """Averages the semantic scores of a model over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, mirrored images.
+
+    Args:
+        cfg: the model's config.
+        model: returns ``sem_seg`` ``[K, H, W]`` at the size of ``height`` and ``width`` of its input dict.
+        tta_mapper: makes the augmented copies of an input dict, default ``DatasetMapperTTA(cfg)``.
+        batch_size: augmented copies given to the model at once.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper=None, batch_size: int = 1) -> None:
+        super().__init__(cfg, model, tta_mapper)
+        self.batch_size = batch_size
+
+    def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
+        """``sem_seg`` only: the mean over the copies, ``[K, height, width]``."""
+        copies, flipped = self._copies(x)
         total = None
         for start in range(0, len(copies), self.batch_size):
             outputs = self.model(copies[start : start + self.batch_size])
@@ -53,3 +92,47 @@ class SemanticSegmentorWithTTA(nn.Module):
                 # clone once: the sum is taken in place and must not change the model's output
                 total = scores.clone() if total is None else total.add_(scores)
         return {"sem_seg": total / len(copies)}
+
+
+class MaskClassificationWithTTA(_WithTTA):
+    """A :class:`MaskFormer` over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, mirrored images.
+
+    Semantic scores are averaged over the copies, as :class:`SemanticSegmentorWithTTA` does. Averages of finished
+    instances or segments would not be instances or segments, so these two tasks are averaged before they are decided:
+    queries of different copies that mean the same object are grouped, see :func:`group_queries`, class and mask
+    probabilities of a group are averaged, see :class:`FusedPasses`, and the model's own inference runs on the means.
+
+    Args:
+        cfg: the model's config.
+        model: the model, with at least one task on.
+        tta_mapper: makes the augmented copies of an input dict, default ``DatasetMapperTTA(cfg)``.
+    """
+
+    def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
+        size = (x["height"], x["width"])
+        passes = [self._pass(*copy) for copy in zip(*self._copies(x))]
+        result = {}
+        if self.model.semantic_on:
+            result[SemanticTask.name] = sum(self._semantic(one, size) for one in passes) / len(passes)
+        fused = FusedPasses(passes)
+        tasks = self.model.inference_tasks(fused.class_logits(), size)
+        tasks = [task for task in tasks if not isinstance(task, SemanticTask)]
+        if tasks:
+            groups = needed_queries(tasks)
+            result.update(run_tasks(tasks, groups, fused.masks(groups, size)))
+        return result
+
+    @torch.no_grad()
+    def _pass(self, x: dict[str, Any], flipped: bool) -> Pass:
+        images = self.model.preprocess([x])
+        outputs = self.model.sem_seg_head(self.model.backbone(images.tensor))
+        masks = mask_logits_of(outputs)
+        padded_size = tuple(images.tensor.shape[-2:])
+        return Pass(outputs["pred_logits"][0], masks, padded_size, tuple(images.image_sizes[0]), flipped)
+
+    def _semantic(self, one: Pass, size: tuple[int, int]) -> torch.Tensor:
+        """Scores ``[K, H, W]`` of one copy, mirrored back."""
+        task = SemanticTask(one.class_logits, size)
+        masks: ImageMasks = one.image_masks(task.queries, size)
+        scores = run_tasks([task], task.queries, masks)[task.name]
+        return scores.flip(2) if one.flipped else scores
