@@ -60,18 +60,21 @@ class Checkpointer(DetectionCheckpointer):
             path = str(weight_file(path))
         return super().load(path, *args, **kwargs)
 
-    def require_weights(self) -> None:
+    def require_weights(self, *, classifier: bool = False) -> None:
         """Refuse a model that is random beyond its classifier; to call after loading, before an evaluation.
+
+        Args:
+            classifier: refuse a random classifier, too.
 
         Raises:
             ValueError: weights of other layers are still those of the initialisation; the text has the table by module.
         """
-        random = sorted(name for name in self.random_weights if not _CLASSIFIER.fullmatch(name))
+        random = sorted(name for name in self.random_weights if classifier or not _CLASSIFIER.fullmatch(name))
         if random:
             total = sum(not _DERIVED.fullmatch(name) for name in self.model.state_dict())
             report = LoadReport(total - len(random), total, missing=random)
             raise ValueError(
-                f"the model would be evaluated with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the config's model, or "
+                f"the model would be used with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the config's model, or "
                 "MODEL.ALLOW_RANDOM_WEIGHTS True if you mean it."
             )
 

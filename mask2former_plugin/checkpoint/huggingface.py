@@ -17,6 +17,7 @@ from mask2former_plugin.checkpoint.huggingface_names import from_detectron2, is_
 from mask2former_plugin.serialization import CheckpointFileError, load_checkpoint_file
 
 __all__ = [
+    "FILES",
     "class_names",
     "from_detectron2",
     "from_hf_config",
@@ -33,6 +34,7 @@ __all__ = [
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
+FILES = (WEIGHTS, CONFIG, PREPROCESSOR)  # what save_pretrained writes
 _INDEX = ".index.json"
 # in the order in which transformers looks for them
 _WEIGHT_FILES = (WEIGHTS, WEIGHTS + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)

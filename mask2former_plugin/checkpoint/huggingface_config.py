@@ -12,6 +12,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 
 from mask2former_plugin.checkpoint.huggingface_names import MASK2FORMER, MASKFORMER
 from mask2former_plugin.config import MASKED_DECODER, STANDARD_DECODER, add_mask_former_config, add_maskformer2_config
+from mask2former_plugin.data.datasets.custom import register_custom_datasets
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _LEVELS = ["res2", "res3", "res4", "res5"]
@@ -136,7 +137,8 @@ def from_hf_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
 
     Returns:
         The config, not frozen. Where number and names of the classes are those of a published dataset, it names that dataset and its
-        tasks; else a dataset with the names alone. The training schedule is Detectron2's default.
+        tasks; else a dataset of the format ``class_names``, which is registered, and semantic segmentation. The training schedule is
+        Detectron2's default.
 
     Raises:
         ValueError: another kind of model, or a variant that does not exist here; the text names the key.
@@ -256,15 +258,21 @@ def _read_classes(names: list[str], cfg: CfgNode) -> None:
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(names)
     train, test, tasks = _PUBLISHED.get(len(names), ("", "", ()))
     if not (test and _same_classes(names, test)):
-        train = test = _register_names(names)
+        train = test = f"huggingface_{len(names)}_classes_{zlib.crc32(chr(0).join(names).encode()):08x}"
         tasks = ("SEMANTIC",)
+        cfg.DATASETS.CUSTOM[test] = CfgNode({"FORMAT": "class_names", "CLASSES": _distinct(names)})
+        register_custom_datasets(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train,), (test,)
     for task in ("SEMANTIC", "INSTANCE", "PANOPTIC"):
         cfg.MODEL.MASK_FORMER.TEST[f"{task}_ON"] = task in tasks
 
 
+def _distinct(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+
+
 def _same_classes(names: list[str], dataset: str) -> bool:
-    """Whether most names agree; lists of the same dataset differ in synonyms and spaces."""
+    """Whether most names agree; two lists of the same classes differ in synonyms and spaces."""
     known = _names_of(dataset, len(names))
     pairs = [[name.split(",")[0].strip().lower() for name in pair] for pair in zip(names, known or [])]
     return 2 * sum(one == other for one, other in pairs) > len(names)
@@ -279,19 +287,6 @@ def _names_of(dataset: str, count: int) -> list[str] | None:
         if names is not None and len(names) == count:
             return list(names)
     return None
-
-
-def _register_names(names: list[str]) -> str:
-    """Name of a dataset that has class names but no images."""
-    dataset = f"huggingface_{len(names)}_classes_{zlib.crc32(chr(0).join(names).encode()):08x}"
-    if dataset not in DatasetCatalog.list():
-
-        def load() -> list[dict[str, Any]]:
-            raise ValueError(f"{dataset} holds the class names of a Hugging Face config, no images; set DATASETS.TRAIN and DATASETS.TEST")
-
-        DatasetCatalog.register(dataset, load)
-        MetadataCatalog.get(dataset).set(stuff_classes=names, evaluator_type="sem_seg", ignore_label=255)
-    return dataset
 
 
 def _read_preprocessor(values: Mapping[str, Any], cfg: CfgNode) -> None:

@@ -22,8 +22,8 @@ _TORCHVISION_RULES = tuple(
         (r"^(?!res\d\.)", "stem."),
     )
 )
-# a name that only this backbone has
-_BACKBONES = ("stem.conv1.weight", "patch_embed.proj.weight")
+# names that only these backbones have
+_RESNET, _SWIN = "stem.conv1.weight", "patch_embed.proj.weight"
 # what backbones trained on ImageNet hold beyond their features: classifier, its norm, masks of Swin's windows
 _CLASSIFIER = re.compile(r"(?:stem\.)?fc\..*|linear\..*|head\..*|norm\.(?:weight|bias)|layers\.\d+\.blocks\.\d+\.attn_mask")
 
@@ -56,6 +56,11 @@ def is_torchvision(names: Collection[str]) -> bool:
     return "layer1.0.conv1.weight" in names and "conv1.weight" in names
 
 
+def is_swin_release(names: Collection[str]) -> bool:
+    """Whether these are the names of a Swin Transformer, without a prefix."""
+    return _SWIN in names
+
+
 def torchvision_name(name: str) -> str:
     """Detectron2's name of a weight of a torchvision ResNet, without the prefix of the backbone."""
     for pattern, replacement in _TORCHVISION_RULES:
@@ -81,7 +86,7 @@ def fit_names(weights: Mapping[str, Any], model_names: Collection[str]) -> tuple
         weights, translated = to_detectron2(weights), True
     elif is_torchvision(weights):
         weights = {torchvision_name(name): value for name, value in weights.items()}
-    for anchor in _BACKBONES:
+    for anchor in (_RESNET, _SWIN):
         if anchor not in weights or anchor in model_names:
             continue
         found = [name[: -len(anchor)] for name in model_names if name.endswith(f".{anchor}")]

@@ -24,6 +24,9 @@ Relative paths start at ``$DETECTRON2_DATASETS`` (default ``./datasets``), ``~``
     ``IMAGES``: folder; ``PANOPTIC_JSON``, ``PANOPTIC_ROOT``: COCO panoptic annotations.
     Optional: ``INSTANCES_JSON`` (for AP), ``SEM_SEG_ROOT`` (label maps of contiguous ids, for mIoU), ``COLORS``.
     Contiguous ids count the things by category id and then the stuff by category id.
+``class_names`` (``evaluator_type`` "sem_seg")
+    ``CLASSES`` and, optional, ``IGNORE_LABEL``, ``COLORS`` as above, and no images: names for predictions, nothing to
+    train or evaluate on.
 """
 
 from __future__ import annotations
@@ -119,6 +122,26 @@ def _prepare_semantic_folder(options: DatasetOptions, output_dir: Path) -> Prepa
     return partial(load_semantic_folder, options.name, image_root, label_root, extensions), metadata
 
 
+def _prepare_class_names(options: DatasetOptions, output_dir: Path) -> Prepared:
+    classes, ignore_label, colors = _read_classes(options)
+    colors = _check_colors(options, colors, len(classes))
+
+    def load() -> list[dict[str, Any]]:
+        raise ValueError(
+            f"Dataset {options.name!r} holds names of classes and no images; set DATASETS.TRAIN and DATASETS.TEST"
+        )
+
+    metadata = {
+        "stuff_classes": classes,
+        "stuff_colors": colors,
+        "thing_classes": classes,
+        "thing_colors": colors,
+        "ignore_label": ignore_label,
+        "evaluator_type": "sem_seg",
+    }
+    return load, metadata
+
+
 def _prepare_coco_instances(options: DatasetOptions, output_dir: Path) -> Prepared:
     image_root, json_file = options.directory("IMAGES"), options.file("JSON")
     content = _read_json(options, "JSON", json_file, ("images", "annotations", "categories"))
@@ -179,6 +202,7 @@ FORMATS = {
         ("INSTANCES_JSON", "SEM_SEG_ROOT", "COLORS"),
         _prepare_coco_panoptic,
     ),
+    "class_names": DatasetFormat(("CLASSES",), ("IGNORE_LABEL", "COLORS"), _prepare_class_names),
 }
 
 
