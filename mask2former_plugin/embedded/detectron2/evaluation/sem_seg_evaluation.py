@@ -29,7 +29,7 @@ BOUNDARY_RATIO = 0.02
 def load_image_into_numpy_array(filename: str, copy: bool = False, dtype: np.dtype | type | None = None) -> np.ndarray:
     """Read an image file as an array of its stored values (palette indices, 16-bit labels), optionally as ``dtype``."""
     with PathManager.open(filename, "rb") as file:
-        return np.array(Image.open(file), copy=copy or None, dtype=dtype)
+        return (np.array if copy else np.asarray)(Image.open(file), dtype=dtype)
 
 
 class SemSegEvaluator(DatasetEvaluator):
