@@ -77,7 +77,8 @@ def write_lvis(path, images, annotations, categories=6):
 class TestLoading:
     def test_dicts(self, tmp_path):
         annotation = lvis_annotation(5, 7, 4, (1, 2, 10, 20))
-        path = write_lvis(tmp_path / "x.json", [lvis_image(7, neg=[3], not_exhaustive=[4]), lvis_image(2)], [annotation])
+        images = [lvis_image(7, neg=[3], not_exhaustive=[4]), lvis_image(2)]
+        path = write_lvis(tmp_path / "x.json", images, [annotation])
         empty, sample = load_lvis_json(path, "images/", extra_annotation_keys=["area"])
         assert empty["image_id"] == 2 and empty["annotations"] == []
         assert sample == {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,9 @@ import numpy as np
 
 from mask2former_plugin.data.datasets.published import dataset_facts
 from mask2former_plugin.data.preparation import files
-from mask2former_plugin.data.preparation.instance_json import (
-    annotation,
-    finished_images,
-    progress_file,
-    write_instance_json,
-)
-from mask2former_plugin.data.preparation.jobs import Options, collect, write_files
+from mask2former_plugin.data.preparation.coco_json import instance_annotation, instance_content, write_coco_json
+from mask2former_plugin.data.preparation.jobs import Options, write_files
 from mask2former_plugin.data.preparation.regions import Region, regions
-
-logger = logging.getLogger(__name__)
 
 SPLITS = {"train": "training", "val": "validation"}
 FOLDER = "ADEChallengeData2016"
@@ -32,8 +25,8 @@ ADEChallengeData2016/
   annotations_instance/{training,validation}/*.png   annotations_instance.tar (panoptic and instance only)
 """
 CLASSES = 150
-# In the palette of the label maps this class has the colour of another; segment ids begin with the colour of the class.
-_UNIQUE_COLORS = {48: [140, 140, 200]}
+# In the metadata this class has the colour of another one; segment ids are made from the colours of their classes.
+_UNIQUE_COLORS = {48: (140, 140, 200)}
 _COLOR_REACH = 30
 
 
@@ -79,9 +72,9 @@ def _write_label_map(job: tuple[Path, Path]) -> None:
 def prepare_panoptic(root: Path, splits: Sequence[str], options: Options) -> None:
     """Label and instance maps to ``ade20k_panoptic_{train,val}`` and its JSON, COCO's panoptic format.
 
-    The categories are all 150 classes with the ids 0 … 149. Each stuff class is one segment of the image, each instance
-    one of its thing class, painted over the stuff; pixels of thing classes without an instance stay void. As published,
-    area and box of a stuff segment are those before instances cover it.
+    The categories are all 150 classes, ids from 0. Each stuff class is one segment of the image, each instance one of
+    its thing class, painted over the stuff; pixels of thing classes without an instance stay void. As published, area
+    and box of a stuff segment are those before instances cover it.
     """
     facts = dataset_facts("ade20k")
     colors = _colors()
@@ -89,27 +82,22 @@ def prepare_panoptic(root: Path, splits: Sequence[str], options: Options) -> Non
         {"id": index, "name": name, "isthing": int(index in facts["thing_ids"]), "color": colors[index]}
         for index, name in enumerate(facts["classes"])
     ]
-    for split, sources in _sources(root, splits):
-        json_file = root / FOLDER / f"ade20k_panoptic_{split}.json"
-        jobs = {f"{source.stem}.jpg": source for source in sources}
-        pngs = {name: source.panoptic for name, source in jobs.items()}
-        complete = finished_images(json_file) == set(jobs) and all(map(files.is_complete, pngs.values()))
-        if complete and not options.overwrite:
-            logger.info("%s is complete", json_file)
-            continue
-        progress = progress_file(json_file)
-        results = collect(_write_panoptic, jobs, progress, options, f"ADE20K panoptic {split}", pngs)
+
+    def content(results: Sequence[Any]) -> dict[str, Any]:
         images, annotations = zip(*results)
-        files.write_json(json_file, {"images": images, "annotations": annotations, "categories": categories})
-        progress.unlink()
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    for split, jobs in _jobs(root, splits).items():
+        path = root / FOLDER / f"ade20k_panoptic_{split}.json"
+        pngs = {name: job.panoptic for name, job in jobs.items()}
+        write_coco_json(path, _write_panoptic, jobs, content, options, f"ADE20K panoptic {split}", pngs)
 
 
 def _write_panoptic(source: _Sources) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the PNG of an image; returns the image's entry and its annotation."""
     semantic = _read_semantic(source.semantic)
-    things = _thing_classes()
-    stuff = semantic.copy()
-    stuff[np.isin(semantic, things)] = 0
+    things = [index + 1 for index in dataset_facts("ade20k")["thing_ids"]]
+    stuff = np.where(np.isin(semantic, things), 0, semantic)
     found = [(region.label - 1, region) for region in regions(stuff)]
     size, instances = _instances(source)
     if size != semantic.shape:
@@ -136,48 +124,43 @@ def _write_panoptic(source: _Sources) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def prepare_instances(root: Path, splits: Sequence[str], options: Options) -> None:
-    """Instance maps to ``ade20k_instance_{train,val}.json``: RLE masks of 100 classes with the ids of the panoptic JSON."""
+    """Instance maps to ``ade20k_instance_{train,val}.json``: RLE masks of 100 classes, ids as in the panoptic JSON."""
     facts = dataset_facts("ade20k")
     categories = [{"id": index, "name": name} for index, name in zip(facts["thing_ids"], facts["instance_classes"])]
-    for split, sources in _sources(root, splits):
-        write_instance_json(
-            root / FOLDER / f"ade20k_instance_{split}.json",
-            _instance_annotations,
-            {f"{source.stem}.jpg": source for source in sources},
-            categories,
-            options,
-            f"ADE20K instances {split}",
-        )
+    content = partial(instance_content, categories=categories)
+    for split, jobs in _jobs(root, splits).items():
+        path = root / FOLDER / f"ade20k_instance_{split}.json"
+        write_coco_json(path, _instances_of_image, jobs, content, options, f"ADE20K instances {split}")
 
 
-def _instance_annotations(source: _Sources) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _instances_of_image(source: _Sources) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     size, found = _instances(source)
-    return source.image(size), [annotation(region, source.stem, category) for category, region in found]
+    return source.image(size), [instance_annotation(region, source.stem, category) for category, region in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
 
 
-def _sources(root: Path, splits: Sequence[str]) -> Iterator[tuple[str, list[_Sources]]]:
-    """The files of each split, all splits checked before the first one is worked on."""
+def _jobs(root: Path, splits: Sequence[str]) -> dict[str, dict[str, _Sources]]:
+    """The files of all images by split and name of the image; everything is checked before work begins."""
     base = root / FOLDER
     kinds = ("images", "annotations", "annotations_instance")
     files.require([base / kind / SPLITS[split] for split in splits for kind in kinds], LAYOUT)
-    result = {}
+    jobs = {}
     for split in splits:
         images, semantic, instances = (base / kind / SPLITS[split] for kind in kinds)
         stems = files.stems(images, ".jpg")
         files.require_partners(stems, semantic, ".png")
         files.require_partners(stems, instances, ".png")
-        panoptic = base / f"ade20k_panoptic_{split}"
-        result[split] = [_Sources(s, *(folder / f"{s}.png" for folder in (semantic, instances, panoptic))) for s in stems]
-    yield from result.items()
+        folders = (semantic, instances, base / f"ade20k_panoptic_{split}")
+        jobs[split] = {f"{s}.jpg": _Sources(s, *(folder / f"{s}.png" for folder in folders)) for s in stems}
+    return jobs
 
 
 def _read_semantic(path: Path) -> np.ndarray:
     labels = files.read_label_map(path)
     if labels.max() > CLASSES:
-        raise ValueError(f"{path} has the label {labels.max()}; those of the scene parsing benchmark are 0 … {CLASSES}")
+        raise ValueError(f"{path} has the label {labels.max()}; those of the benchmark are 0 … {CLASSES}")
     return labels
 
 
@@ -190,44 +173,40 @@ def _instances(source: _Sources) -> tuple[tuple[int, int], list[tuple[int, Regio
         numbers = np.unique(pixels[..., 0][region.box][region.mask])
         if len(numbers) > 1 or not 1 <= numbers[0] <= len(things):
             raise ValueError(
-                f"{source.instances}: instance {region.label} (green) must have one class of 1 … {len(things)} (red), "
-                f"it has {numbers.tolist()}"
+                f"{source.instances}: instance {region.label} (green) must be of one class (red), 1 … {len(things)}, "
+                f"not {numbers.tolist()}"
             )
         found.append((things[numbers[0] - 1], region))
     return pixels.shape[:2], found
 
 
-def _thing_classes() -> list[int]:
-    """Labels of the thing classes in the label maps."""
-    return [index + 1 for index in dataset_facts("ade20k")["thing_ids"]]
-
-
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-def _colors() -> list[list[int]]:
+def _colors() -> list[tuple[int, int, int]]:
     """150 colours of which no two are equal."""
-    return [_UNIQUE_COLORS.get(index, color) for index, color in enumerate(dataset_facts("ade20k")["colors"])]
+    colors = dataset_facts("ade20k")["colors"]
+    return [_UNIQUE_COLORS.get(index, tuple(color)) for index, color in enumerate(colors)]
 
 
 class _SegmentColors:
-    """Colours of the segments of one image, all different: that of the class first, then random ones near to it.
+    """Colours for the segments of one image, all different: that of the class first, then random ones near to it.
 
-    The published files take theirs from a random generator without seed; here equal input gives equal files.
+    The published files take theirs from a random generator without a seed; here equal input gives equal files.
     """
 
-    def __init__(self, colors: Sequence[Sequence[int]]):
-        self._colors = colors
-        self._used = {(0, 0, 0)}
-        self._reserved = {tuple(color) for color in colors}
+    def __init__(self, class_colors: Sequence[tuple[int, int, int]]):
+        self._class_colors = class_colors
+        self._taken = {(0, 0, 0), *class_colors}  # black is void
+        self._begun: set[int] = set()
         self._rng = np.random.default_rng(0)
 
-    def new(self, category: int) -> list[int]:
-        color = tuple(self._colors[category])
-        while color in self._used:
-            change = self._rng.integers(-_COLOR_REACH, _COLOR_REACH + 1, 3)
-            color = tuple(np.clip(np.add(self._colors[category], change), 0, 255).tolist())
-            if color in self._reserved:
-                color = (0, 0, 0)
-        self._used.add(color)
-        return list(color)
+    def new(self, category: int) -> tuple[int, int, int]:
+        color = self._class_colors[category]
+        if category in self._begun:
+            while color in self._taken:
+                change = self._rng.integers(-_COLOR_REACH, _COLOR_REACH + 1, 3)
+                color = tuple(np.clip(self._class_colors[category] + change, 0, 255).tolist())
+        self._begun.add(category)
+        self._taken.add(color)
+        return color

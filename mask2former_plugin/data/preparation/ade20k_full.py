@@ -1,4 +1,4 @@
-"""ADE20K-Full: the release of 2021 as images of at most 512 pixels on the shorter side and label maps of 847 classes."""
+"""ADE20K-Full, release of 2021: images with a shorter side of at most 512 pixels, and label maps of 847 classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORTEST_SIDE = 512
 
 
 def prepare_semantic(root: Path, splits: Sequence[str], options: Options) -> None:
-    """``images`` to ``images_detectron2/*.jpg`` and ``annotations_detectron2/*.tif``, uint16, 65535 = none of 847 classes.
+    """``images`` to ``images_detectron2/*.jpg`` and ``annotations_detectron2/*.tif`` (uint16, 65535 = no class).
 
     As published, every image is written anew with Pillow's JPEG quality (75), also one that keeps its size.
     """
@@ -36,8 +36,8 @@ def prepare_semantic(root: Path, splits: Sequence[str], options: Options) -> Non
         raise ValueError(f"{base / 'index_ade20k.pkl'} is not ADE20K's index: it has no {missing_keys[0]!r}")
     image_jobs, label_jobs, missing = {}, {}, []
     for name, folder in zip(index["filename"], index["folder"]):
-        # ADE_train_00000001.jpg, ADE_val_…; "frame" (of videos) are training images
-        split = "val" if name.split("_")[1] == "val" else "train"
+        # ADE_train_00000001.jpg, ADE_val_…; also what has another second word is for training
+        split = "val" if name.split("_")[1:2] == ["val"] else "train"
         if split not in splits:
             continue
         stem = Path(name).stem

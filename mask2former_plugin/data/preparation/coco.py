@@ -25,9 +25,9 @@ VOID = 255
 
 
 def prepare_semantic(root: Path, splits: Sequence[str], options: Options) -> None:
-    """``panoptic_*`` to ``panoptic_semseg_*``: 0 … 132, things first, both in the order of their ids; elsewhere 255."""
+    """``panoptic_*`` to ``panoptic_semseg_*``: 0 … 132, things first, both in the order of their ids; void is 255."""
     base = root / "coco"
-    inputs = {split: (base / f"annotations/panoptic_{split}2017.json", base / f"panoptic_{split}2017") for split in splits}
+    inputs = {s: (base / f"annotations/panoptic_{s}2017.json", base / f"panoptic_{s}2017") for s in splits}
     files.require([path for paths in inputs.values() for path in paths], LAYOUT)
     classes = PanopticClasses.from_categories(COCO_CATEGORIES, "COCO_CATEGORIES").metadata()
     contiguous = classes["stuff_dataset_id_to_contiguous_id"]

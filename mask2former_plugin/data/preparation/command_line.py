@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from mask2former_plugin.data.datasets.paths import datasets_root
@@ -44,5 +45,7 @@ def main(
         prepare(args.root.expanduser(), args.splits, Options(workers=args.workers, overwrite=args.overwrite))
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except BrokenExecutor:
+        sys.exit("error: a process was killed, most likely for want of memory; go on with fewer --workers")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where this one stopped")

@@ -1,4 +1,4 @@
-"""Runs the work of a preparation: many independent items, in processes, with a progress bar, to be gone on with later."""
+"""Runs the work of a preparation: independent items, in processes, with a progress bar; an interrupted run goes on."""
 
 from __future__ import annotations
 

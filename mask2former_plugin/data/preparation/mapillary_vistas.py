@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mask2former_plugin.data.datasets.published import dataset_facts
 from mask2former_plugin.data.preparation import files
 from mask2former_plugin.data.preparation.coco import read_panoptic_json, segment_numbers
-from mask2former_plugin.data.preparation.instance_json import annotation, write_instance_json
+from mask2former_plugin.data.preparation.coco_json import instance_annotation, instance_content, write_coco_json
 from mask2former_plugin.data.preparation.jobs import Options
 from mask2former_plugin.data.preparation.regions import regions
 
@@ -35,37 +37,51 @@ def prepare_instances(root: Path, splits: Sequence[str], options: Options) -> No
     folders = {split: base / SPLITS[split] / "panoptic" for split in splits}
     files.require([folder / "panoptic_2018.json" for folder in folders.values()], LAYOUT)
     facts = dataset_facts("mapillary_vistas")
-    categories = [{"id": index, "name": facts["classes"][index - 1]} for index in facts["thing_ids"]]
-    jobs = {}
-    for split, folder in folders.items():
-        json_file = folder / "panoptic_2018.json"
-        content = read_panoptic_json(json_file, dict(enumerate(facts["classes"], start=1)))
-        images = {image["id"]: image for image in content["images"]}
-        files.require_partners([Path(entry["file_name"]).stem for entry in content["annotations"]], folder, ".png")
-        jobs[split] = {}
-        for entry in content["annotations"]:
-            if entry["image_id"] not in images:
-                raise ValueError(f"{json_file}: {entry['file_name']} is of image {entry['image_id']!r}, which it lacks")
-            things = [segment for segment in entry["segments_info"] if segment["category_id"] in facts["thing_ids"]]
-            image = images[entry["image_id"]]
-            jobs[split][image["file_name"]] = (folder / entry["file_name"], image, things)
+    names = dict(enumerate(facts["classes"], start=1))
+    categories = [{"id": index, "name": names[index]} for index in facts["thing_ids"]]
+    content = partial(instance_content, categories=categories)
+    jobs = {split: _jobs(folder, names, facts["thing_ids"]) for split, folder in folders.items()}
     for split, split_jobs in jobs.items():
         path = base / f"mapillary_vistas_instance_{split}.json"
         description = f"Mapillary Vistas instances {split}"
-        write_instance_json(path, _instance_annotations, split_jobs, categories, options, description)
+        write_coco_json(path, _instances_of_image, split_jobs, content, options, description)
 
 
-def _instance_annotations(
-    job: tuple[Path, dict[str, Any], list[dict[str, Any]]],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    png, image, things = job
-    numbers = segment_numbers(png, [segment["id"] for segment in things])
+@dataclass(frozen=True)
+class _Job:
+    """One image: its panoptic PNG, its entry in the panoptic JSON, and those of its segments that are things."""
+
+    png: Path
+    image: dict[str, Any]
+    things: list[dict[str, Any]]
+
+
+def _jobs(folder: Path, names: Mapping[int, str], thing_ids: Collection[int]) -> dict[str, _Job]:
+    """What is to be done for each image of a split, by the name of its file."""
+    json_file = folder / "panoptic_2018.json"
+    content = read_panoptic_json(json_file, names)
+    files.require_partners([Path(entry["file_name"]).stem for entry in content["annotations"]], folder, ".png")
+    images = {image["id"]: image for image in content["images"]}
+    jobs = {}
+    for entry in content["annotations"]:
+        if entry["image_id"] not in images:
+            raise ValueError(f"{json_file}: {entry['file_name']} is of image {entry['image_id']!r}, which it lacks")
+        image = images[entry["image_id"]]
+        things = [segment for segment in entry["segments_info"] if segment["category_id"] in thing_ids]
+        jobs[image["file_name"]] = _Job(folder / entry["file_name"], image, things)
+    return jobs
+
+
+def _instances_of_image(job: _Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    numbers = segment_numbers(job.png, [segment["id"] for segment in job.things])
+    height, width = numbers.shape
+    annotations = []
     found = {region.label: region for region in regions(numbers)}
-    missing = [segment["id"] for number, segment in enumerate(things, start=1) if number not in found]
-    if missing:
-        raise ValueError(f"{png} has no pixels of the segments {missing} that its JSON lists")
-    entry = {"id": image["id"], "file_name": image["file_name"], "width": numbers.shape[1], "height": numbers.shape[0]}
-    return entry, [
-        annotation(found[number], image["id"], segment["category_id"], segment["iscrowd"])
-        for number, segment in enumerate(things, start=1)
-    ]
+    for number, segment in enumerate(job.things, start=1):
+        if number in found:
+            iscrowd = segment.get("iscrowd", 0)
+            annotations.append(instance_annotation(found[number], job.image["id"], segment["category_id"], iscrowd))
+        else:
+            logger.warning("%s has no pixels of segment %s, which is left out", job.png, segment["id"])
+    image = {"id": job.image["id"], "file_name": job.image["file_name"], "width": width, "height": height}
+    return image, annotations
