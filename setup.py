@@ -36,7 +36,7 @@ setup(
         "shapely",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "transformers"],
         "cityscapes": ["cityscapesscripts"],
     },
 )
