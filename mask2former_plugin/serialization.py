@@ -101,9 +101,9 @@ def _alias(full_name: str, function: Callable) -> Callable:
 @contextmanager
 def _arrays_allowed() -> Iterator[None]:
     """Let torch's safe unpickler build numpy arrays and scalars, of either numpy's names."""
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())  # torch 2.4 gives the list itself
     allowed = [_alias(name, function) for name, function in _array_functions().items()]
-    plain = [_codecs.encode, np.ndarray, np.dtype, *_DTYPE_CLASSES, frozenset, complex]
+    plain = [_codecs.encode, np.ndarray, np.dtype, *_DTYPE_CLASSES, set, frozenset, complex]
     torch.serialization.add_safe_globals([*allowed, *plain])
     try:
         yield

