@@ -13,9 +13,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer, default_setup, hooks
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -161,9 +162,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         KeyError, ValueError, FileNotFoundError: what the config asks for can't be had; one sentence says what to change.
     """
+    if not args.config_file:
+        raise ValueError("no --config-file given; the published models are in configs/, see configs/README.md")
     cfg = load_config(args.config_file, args.opts)
     register_custom_datasets(cfg)
     check_config(cfg, training=not args.eval_only)
+    check_dataset_files(cfg, training=not args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former_plugin", abbrev_name="m2f")
@@ -184,9 +188,30 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
         raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")
 
 
+def check_dataset_files(cfg: CfgNode, *, training: bool) -> None:
+    """Raise FileNotFoundError if a dataset that will be used lacks its images or annotations, as far as its metadata names them."""
+    for key in _used(training):
+        for name in cfg.DATASETS[key]:
+            metadata = MetadataCatalog.get(name)
+            needed = ["image_root", "image_dir", "gt_dir", "panoptic_root", "panoptic_json"]
+            if metadata.get("evaluator_type") in ("coco", "lvis"):
+                needed.append("json_file")
+            for what in needed:
+                path = metadata.get(what)
+                if path and not PathManager.exists(path):
+                    raise FileNotFoundError(
+                        f"dataset {name!r} in DATASETS.{key}: its {what} {path} does not exist. $DETECTRON2_DATASETS (default ./datasets) is the "
+                        "folder of the built-in datasets; datasets/README.md shows their layouts"
+                    )
+
+
+def _used(training: bool) -> tuple[str, ...]:
+    return ("TRAIN", "TEST") if training else ("TEST",)
+
+
 def _check_datasets(cfg: CfgNode, training: bool) -> None:
     known = DatasetCatalog.list()
-    for key in ("TRAIN", "TEST") if training else ("TEST",):
+    for key in _used(training):
         names = cfg.DATASETS[key]
         if not names and (key == "TRAIN" or not training):
             raise ValueError(f"DATASETS.{key} is empty: name at least one registered dataset")

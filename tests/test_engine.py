@@ -146,6 +146,19 @@ def test_what_would_fail_late_fails_first(run, opts, message):
     assert not (run.output / "mask2former").exists()
 
 
+def test_missing_files_of_a_builtin_dataset_are_named(tmp_path):
+    config_file = ROOT / "configs/mask2former/coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    words = ["--config-file", str(config_file), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "OUTPUT_DIR", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="dataset 'coco_2017_train' in DATASETS.TRAIN: its .* does not exist.*DETECTRON2_DATASETS"):
+        train_net.main(default_argument_parser().parse_args(words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_file_is_needed():
+    with pytest.raises(SystemExit, match="no --config-file given"):
+        train_net.main(default_argument_parser().parse_args([]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there():
     cfg = load_config(opts=["MODEL.DEVICE", "cuda", "DATASETS.TEST", "('coco_2017_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "80"])
