@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Turn a released Swin Transformer into Detectron2's format. Not needed for this package, which reads both; for other projects.
+"""Turn a released Swin Transformer into Detectron2's format, for other projects: this package reads both as they are.
 
-  wget https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth
-  python tools/convert-pretrained-swin-model-to-d2.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
+wget https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth
+python tools/convert-pretrained-swin-model-to-d2.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
 """
 
 import argparse

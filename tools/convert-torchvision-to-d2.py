@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Turn a torchvision ResNet into Detectron2's format. Not needed for this package, which reads both; for other projects.
+"""Turn a torchvision ResNet into Detectron2's format, for other projects: this package reads both as they are.
 
-  wget https://download.pytorch.org/models/resnet101-63fe2227.pth
-  python tools/convert-torchvision-to-d2.py resnet101-63fe2227.pth R-101.pkl
+wget https://download.pytorch.org/models/resnet101-63fe2227.pth
+python tools/convert-torchvision-to-d2.py resnet101-63fe2227.pth R-101.pkl
 """
 
 import argparse

@@ -4,8 +4,9 @@
   python tools/convert_checkpoint.py --from-huggingface facebook_model/ converted/
   python tools/convert_checkpoint.py --to-huggingface output/model_final.pth hf_model/ --config-file output/config.yaml
 
-The first form writes model.pth and config.yaml; neither is needed, as every tool reads a Hugging Face folder as --config-file and as
-MODEL.WEIGHTS. The second reads every checkpoint that training and evaluation read, the published files of both projects included.
+The first form writes model.pth and config.yaml; neither is needed, as every tool reads a Hugging Face folder as
+--config-file and as MODEL.WEIGHTS. The second reads every checkpoint that training and evaluation read, the published
+files of both projects included.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Checkpoints: those of both projects, of Hugging Face and of ImageNet backbones, read safely; a refusal to go on with wrong ones."""
+"""Checkpoints of both projects, of Hugging Face and of ImageNet backbones, read safely; wrong ones are refused."""
 
 from mask2former_plugin.checkpoint.checkpointer import Checkpointer
 

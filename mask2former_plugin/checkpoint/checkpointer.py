@@ -1,7 +1,8 @@
-"""Loads checkpoints of every published layout safely, reports what does not fit, and refuses what fits a wrong model."""
+"""Loads checkpoints of every published layout safely, reports what does not fit, refuses what fits another model."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import weakref
@@ -28,17 +29,19 @@ _CLASSIFIER = re.compile(r"sem_seg_head\.predictor\.(?:class_embed\.)?(?:weight|
 class Checkpointer(DetectionCheckpointer):
     """``DetectionCheckpointer`` that never unpickles arbitrary code and reads every published layout.
 
-    The names in a file decide what it is: a checkpoint of Detectron2, MaskFormer or Mask2Former of any age, of Hugging Face (file or
-    folder, whole or in shards), a torchvision or Detectron2 ResNet, a Swin release.
+    The names in a file decide what it is: a checkpoint of Detectron2, MaskFormer or Mask2Former of any age, of
+    Hugging Face (file or folder, whole or in shards), a torchvision or Detectron2 ResNet, a Swin release.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **options: Any) -> None:
         """As ``DetectionCheckpointer``."""
         super().__init__(model, save_dir, **options)
         self._match_names = False
-        self._report = LoadReport(0, 0)
+        self._names = [name for name in self.model.state_dict() if not _DERIVED.fullmatch(name)]
+        #: what the last checkpoint gave the model
+        self.report = LoadReport(self._names, missing=self._names)
         #: names of the weights that no checkpoint has given yet
-        self.random_weights = {name for name in self.model.state_dict() if not _DERIVED.fullmatch(name)}
+        self.random_weights = set(self._names)
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> Checkpointer:
@@ -69,13 +72,15 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             ValueError: weights of other layers are still those of the initialisation; the text has the table by module.
         """
-        random = sorted(name for name in self.random_weights if classifier or not _CLASSIFIER.fullmatch(name))
+        if classifier:
+            random = self.random_weights
+        else:
+            random = {name for name in self.random_weights if not _CLASSIFIER.fullmatch(name)}
         if random:
-            total = sum(not _DERIVED.fullmatch(name) for name in self.model.state_dict())
-            report = LoadReport(total - len(random), total, missing=random)
+            report = LoadReport(self._names, missing=sorted(self.random_weights))
             raise ValueError(
-                f"the model would be used with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the config's model, or "
-                "MODEL.ALLOW_RANDOM_WEIGHTS True if you mean it."
+                f"the model would be used with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the "
+                "config's model, or MODEL.ALLOW_RANDOM_WEIGHTS True if you mean it."
             )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -91,27 +96,18 @@ class Checkpointer(DetectionCheckpointer):
         whole_model = any(_HEAD in name for name in checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _DERIVED.fullmatch(name)]
-        self._report = self._make_report(incompatible)
-        self._check_architecture(whole_model)
-        self.random_weights &= {*self._report.missing, *self._report.wrong_shape}
-        return incompatible
-
-    def _make_report(self, incompatible) -> LoadReport:
         wrong_shape = {name: (tuple(found), tuple(wanted)) for name, found, wanted in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in wrong_shape]
-        total = len(self.model.state_dict())
-        return LoadReport(
-            total - len(missing) - len(wrong_shape), total, missing, list(incompatible.unexpected_keys), wrong_shape
-        )
+        self.report = LoadReport(self._names, missing, list(incompatible.unexpected_keys), wrong_shape)
+        self._check_architecture(whole_model)
+        self.random_weights &= self.report.unset
+        return incompatible
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        if self._report:
-            self.logger.warning("%s", self._report)
-        else:
-            self.logger.info("%s", self._report)
+        self.logger.log(logging.WARNING if self.report else logging.INFO, "%s", self.report)
 
     def _check_architecture(self, whole_model: bool) -> None:
-        unset = {*self._report.missing, *self._report.wrong_shape}
+        unset = self.report.unset
         names = [name for name, _ in self.model.named_parameters()]
         loaded = [name for name in names if name not in unset]
         head = [name for name in names if _HEAD in name]
@@ -119,4 +115,4 @@ class Checkpointer(DetectionCheckpointer):
         # weights of a backbone alone are fine; a whole model has to fill most of the head
         if loaded and (not whole_model or 2 * len(loaded_head) >= len(head)):
             return
-        raise ValueError(f"the checkpoint is of another architecture than the config's model: {self._report}")
+        raise ValueError(f"the checkpoint is of another architecture than the config's model: {self.report}")

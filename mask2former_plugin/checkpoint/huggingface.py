@@ -12,7 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from mask2former_plugin.checkpoint.huggingface_config import class_names, from_hf_config, to_hf_config, to_hf_preprocessor
+from mask2former_plugin.checkpoint.huggingface_config import (
+    class_names,
+    from_hf_config,
+    to_hf_config,
+    to_hf_preprocessor,
+)
 from mask2former_plugin.checkpoint.huggingface_names import from_detectron2, is_huggingface, to_detectron2
 from mask2former_plugin.serialization import CheckpointFileError, load_checkpoint_file
 
@@ -49,7 +54,10 @@ def weight_file(folder: str | os.PathLike) -> Path:
     for name in _WEIGHT_FILES:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise FileNotFoundError(f"the folder {os.fspath(folder)} holds no weights; a Hugging Face checkpoint has one of {', '.join(_WEIGHT_FILES)}")
+    raise FileNotFoundError(
+        f"the folder {os.fspath(folder)} holds no weights; a Hugging Face checkpoint has one of "
+        f"{', '.join(_WEIGHT_FILES)}"
+    )
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_hf_config(path: str | os.PathLike) -> CfgNode:
-    """Our config of a Hugging Face checkpoint, with ``MODEL.WEIGHTS`` set to it if it holds weights; see :func:`from_hf_config`.
+    """Our config of a Hugging Face checkpoint, see :func:`from_hf_config`, with ``MODEL.WEIGHTS`` set if there are any.
 
     Args:
         path: the folder, or its ``config.json``.

@@ -33,8 +33,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 class Rule:
     """A pair of name templates.
 
-    ``{p}`` is weight or bias, ``{s}`` also a statistic of batch norm, every other field a number. With ``parts``, ``{part}`` stands for
-    each of them in turn in their names, and our tensor is theirs stacked along the first dimension.
+    ``{p}`` is weight or bias, ``{s}`` also a statistic of batch norm, every other field a number. With ``parts``,
+    ``{part}`` stands for each of them in turn in their names, and our tensor is theirs stacked along dimension 0.
     """
 
     theirs: str
@@ -86,7 +86,9 @@ def _swin(theirs: str) -> Iterator[Rule]:
     for name, our_name in names.items():
         yield Rule(block + name, our_block + our_name)
     yield Rule(f"{block}attention.self.{{part}}.{{p}}", f"{our_block}attn.qkv.{{p}}", ("query", "key", "value"))
-    yield Rule(f"{theirs}encoder.layers.{{i}}.downsample.reduction.weight", "backbone.layers.{i}.downsample.reduction.weight")
+    yield Rule(
+        f"{theirs}encoder.layers.{{i}}.downsample.reduction.weight", "backbone.layers.{i}.downsample.reduction.weight"
+    )
     yield Rule(f"{theirs}encoder.layers.{{i}}.downsample.norm.{{p}}", "backbone.layers.{i}.downsample.norm.{p}")
 
 
@@ -142,7 +144,8 @@ def _mask2former() -> Iterator[Rule]:
     yield Rule(f"{layer}final_layer_norm.{{p}}", f"{feedforward}norm.{{p}}")
     yield Rule(f"{_TRANSFORMER}decoder.layernorm.{{p}}", f"{_PREDICTOR}decoder_norm.{{p}}")
     yield Rule(
-        f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{{m}}.0.{{p}}", f"{_PREDICTOR}mask_embed.layers.{{m}}.{{p}}"
+        f"{_TRANSFORMER}decoder.mask_predictor.mask_embedder.{{m}}.0.{{p}}",
+        f"{_PREDICTOR}mask_embed.layers.{{m}}.{{p}}",
     )
 
 
@@ -198,11 +201,13 @@ _IN_MEMORY = tuple(
     )
 )
 # what no output depends on
-_UNUSED = re.compile(r"model\.pixel_level_module\.encoder\.(?:(?:model|swin)\.)?layernorm\.(?:weight|bias)|classifier\..*")
+_UNUSED = re.compile(
+    r"model\.pixel_level_module\.encoder\.(?:(?:model|swin)\.)?layernorm\.(?:weight|bias)|classifier\..*"
+)
 
 
 def is_huggingface(names: Mapping[str, object]) -> bool:
-    """Whether the names are Hugging Face's: of a whole model, with or without its head, or of a backbone trained on ImageNet."""
+    """Whether the names are Hugging Face's: of a model with or without head, or of a backbone trained on ImageNet."""
     starts = ("model.pixel_level_module.", "pixel_level_module.", "resnet.embedder.", "swin.embeddings.")
     return any(name.startswith(starts) for name in names)
 
@@ -261,7 +266,9 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for ours, (rule, parts) in stacks.items():
         missing = [part for part in rule.parts if part not in parts]
         if missing:
-            raise ValueError(f"the Hugging Face checkpoint lacks {', '.join(missing)} of what is {ours} here; the file is incomplete")
+            raise ValueError(
+                f"the Hugging Face checkpoint lacks {', '.join(missing)} of what is {ours} here; the file is incomplete"
+            )
         result[ours] = torch.cat([parts[part] for part in rule.parts])
     for name in [name for name in result if name.endswith(".relative_position_bias_table")]:
         index = name.replace("_bias_table", "_index")
@@ -283,7 +290,9 @@ def from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         found = _find(name, patterns)
         if found is None:
-            raise ValueError(f"Hugging Face's {family} has nothing like {name}; only its own architectures can be saved as theirs")
+            raise ValueError(
+                f"Hugging Face's {family} has nothing like {name}; only its own architectures can be saved as theirs"
+            )
         rule, fields = found
         if not rule.parts:
             result[rule.theirs.format(**fields)] = value

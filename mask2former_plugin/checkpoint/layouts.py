@@ -1,4 +1,4 @@
-"""Recognises what kind of checkpoint a dictionary of weights is, by its keys alone, and gives it the names of the model."""
+"""Recognises what kind of checkpoint a dictionary of weights is, by its keys alone, and renames it to fit the model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ _TORCHVISION_RULES = tuple(
 # names that only these backbones have
 _RESNET, _SWIN = "stem.conv1.weight", "patch_embed.proj.weight"
 # what backbones trained on ImageNet hold beyond their features: classifier, its norm, masks of Swin's windows
-_CLASSIFIER = re.compile(r"(?:stem\.)?fc\..*|linear\..*|head\..*|norm\.(?:weight|bias)|layers\.\d+\.blocks\.\d+\.attn_mask")
+_CLASSIFIER = re.compile(
+    r"(?:stem\.)?fc\..*|linear\..*|head\..*|norm\.(?:weight|bias)|layers\.\d+\.blocks\.\d+\.attn_mask"
+)
 
 
 def unwrap(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint file holds as ``{"model": weights, …}``, with the marks that make Detectron2 match names where it has to.
+    """What a checkpoint file holds as ``{"model": weights, …}``, marked where Detectron2 has to match the names.
 
     Raises:
         ValueError: the weights are no dictionary.
@@ -43,7 +45,9 @@ def unwrap(content: dict[str, Any]) -> dict[str, Any]:
             continue
         weights = content[wrapper]
         if not isinstance(weights, Mapping):
-            raise ValueError(f"the entry {wrapper!r} of the checkpoint is a {type(weights).__name__}, not a dictionary of weights")
+            raise ValueError(
+                f"the entry {wrapper!r} of the checkpoint is a {type(weights).__name__}, not a dictionary of weights"
+            )
         rest = {key: value for key, value in content.items() if key != wrapper}
         if wrapper == "model_state":
             rest["matching_heuristics"] = True
@@ -72,15 +76,16 @@ def fit_names(weights: Mapping[str, Any], model_names: Collection[str]) -> tuple
     """Give weights the names of a model.
 
     Args:
-        weights: of a Hugging Face model, a torchvision ResNet, a backbone alone, or anything else, which keeps its names.
+        weights: of a Hugging Face model, a torchvision ResNet, a backbone alone; anything else keeps its names.
         model_names: names in the state dict of the model.
 
     Returns:
-        The weights without those that a classifier or a statistics counter has beyond the model, and whether names were translated, so
-        that no guess at them is needed any more.
+        The weights without those that a classifier or a statistics counter has beyond the model, and whether names were
+        translated, so that no guess at them is needed any more.
     """
-    prefix = "module."
-    weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    prefix = "module."  # of a model that was saved inside DataParallel
+    if all(name.startswith(prefix) for name in weights):
+        weights = {name[len(prefix) :]: value for name, value in weights.items()}
     translated = False
     if is_huggingface(weights):
         weights, translated = to_detectron2(weights), True
