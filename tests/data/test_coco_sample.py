@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import check_num_classes, register_custom_datasets
 from mask2former_plugin.data.mappers import build_mapper
+from mask2former_plugin.engine import Trainer
 from ground_truth import evaluate_ground_truth
 
 SAMPLE = Path(
@@ -90,3 +92,30 @@ def test_ground_truth_as_prediction_is_perfect(cfg, tmp_path):
     results = evaluate_ground_truth(NAME, tmp_path, semantic=False)
     assert results["panoptic_seg"]["PQ"] == pytest.approx(100)
     assert results["segm"]["AP"] == pytest.approx(100) and results["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("arch", ["mask2former", "maskformer"])
+def test_a_model_runs_on_the_photos_end_to_end(cfg, arch, tmp_path):
+    """A training step and the standard evaluators on both photos, through the trainer; nothing is learned in one step."""
+    root = Path(__file__).resolve().parents[2]
+    small = load_config(root / "configs" / "quickstart" / f"{arch}.yaml")
+    small.DATASETS = cfg.DATASETS
+    small.DATASETS.TEST = (NAME,)
+    small.merge_from_list(
+        ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 133, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2]
+        + ["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TEST", 160, "INPUT.MAX_SIZE_TEST", 240, "OUTPUT_DIR", str(tmp_path / "run")]
+        + ["MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 256, "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0]
+    )
+    small.freeze()
+    trainer = Trainer(small)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    assert 0 <= results["panoptic_seg"]["PQ"] <= 100 and 0 <= results["segm"]["AP"] <= 100
+    # predictions of both photos at the photos' own size
+    written = json.loads((tmp_path / "run/inference/predictions.json").read_text())["annotations"]
+    assert sorted(a["image_id"] for a in written) == [142238, 439180]
+    for sample in DatasetCatalog.get(NAME):
+        picture = read_image(sample["file_name"], "RGB")
+        output = trainer.model.eval()([{"image": torch.from_numpy(picture.copy()).permute(2, 0, 1), **sample}])[0]
+        assert output["sem_seg"].shape == (133, sample["height"], sample["width"])
+        assert output["panoptic_seg"][0].shape == picture.shape[:2]
