@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _TORCHVISION_RULES = tuple(
 )
 # names that only these backbones have
 _RESNET, _SWIN = "stem.conv1.weight", "patch_embed.proj.weight"
+_BACKBONE = "backbone."
 # what backbones trained on ImageNet hold beyond their features: classifier, its norm, masks of Swin's windows
 _CLASSIFIER = re.compile(
     r"(?:stem\.)?fc\..*|linear\..*|head\..*|norm\.(?:weight|bias)|layers\.\d+\.blocks\.\d+\.attn_mask"
@@ -83,6 +85,7 @@ def fit_names(weights: Mapping[str, Any], model_names: Collection[str]) -> tuple
         The weights without those that a classifier or a statistics counter has beyond the model, and whether names were
         translated, so that no guess at them is needed any more.
     """
+    original = weights
     prefix = "module."  # of a model that was saved inside DataParallel
     if all(name.startswith(prefix) for name in weights):
         weights = {name[len(prefix) :]: value for name, value in weights.items()}
@@ -92,11 +95,25 @@ def fit_names(weights: Mapping[str, Any], model_names: Collection[str]) -> tuple
     elif is_torchvision(weights):
         weights = {torchvision_name(name): value for name, value in weights.items()}
     for anchor in (_RESNET, _SWIN):
-        if anchor not in weights or anchor in model_names:
+        place = _place(anchor, model_names)
+        if place is None:
             continue
-        found = [name[: -len(anchor)] for name in model_names if name.endswith(f".{anchor}")]
-        if len(found) == 1:
+        if anchor in weights:
             kept = {name: value for name, value in weights.items() if not _CLASSIFIER.fullmatch(name)}
-            weights, translated = {found[0] + name: value for name, value in kept.items()}, True
+            weights, translated = {place + name: value for name, value in kept.items()}, True
+        elif place == "" and _BACKBONE + anchor in weights:  # of a whole model, for its backbone alone
+            kept = {name: value for name, value in weights.items() if name.startswith(_BACKBONE)}
+            weights, translated = {name[len(_BACKBONE) :]: value for name, value in kept.items()}, True
     counters = {name for name in weights if name.endswith(".num_batches_tracked") and name not in model_names}
-    return {name: value for name, value in weights.items() if name not in counters}, translated
+    fitted = OrderedDict((name, value) for name, value in weights.items() if name not in counters)
+    if hasattr(original, "_metadata") and fitted.keys() <= original.keys():
+        fitted._metadata = original._metadata  # versions of the modules, by which some of them read older weights
+    return fitted, translated
+
+
+def _place(anchor: str, model_names: Collection[str]) -> str | None:
+    """The prefix of a backbone in a model: "" if it is the model; None if there is no such backbone, or several."""
+    if anchor in model_names:
+        return ""
+    found = [name[: -len(anchor)] for name in model_names if name.endswith(f".{anchor}")]
+    return found[0] if len(found) == 1 else None

@@ -157,7 +157,11 @@ def test_torchvision_resnets_load_as_they_are_and_converted(small_config, torchv
     torch.save(theirs, tmp_path / "resnet50.pth")
     run_tool("convert-torchvision-to-d2.py", tmp_path / "resnet50.pth", tmp_path / "R-50.pkl")
     cfg = small_config("mask2former", "resnet")
-    for loader, name in ((Checkpointer, "resnet50.pth"), (Checkpointer, "R-50.pkl"), (DetectionCheckpointer, "R-50.pkl")):
+    for loader, name in (
+        (Checkpointer, "resnet50.pth"),
+        (Checkpointer, "R-50.pkl"),
+        (DetectionCheckpointer, "R-50.pkl"),
+    ):
         model, checkpointer = load_fresh(cfg, tmp_path / name, loader)
         assert_equal_states(model.backbone.state_dict(), ours)
         if loader is Checkpointer:
@@ -198,8 +202,14 @@ def test_backbone_alone_and_inside_another_module(torchvision_weights, small_con
     theirs, ours = torchvision_weights
     torch.save(theirs, tmp_path / "resnet50.pth")
     backbone = build_model(small_config("maskformer", "resnet")).backbone
-    Checkpointer(backbone).load(str(tmp_path / "resnet50.pth"))
+    checkpointer = Checkpointer(backbone)
+    checkpointer.load(str(tmp_path / "resnet50.pth"))
+    assert not checkpointer.report
     assert_equal_states(backbone.state_dict(), ours)
+    whole = build_model(small_config("mask2former", "resnet"))
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    Checkpointer(backbone).load(str(tmp_path / "whole.pth"))
+    assert_equal_states(backbone.state_dict(), whole.backbone.state_dict())
     names = [f"backbone.bottom_up.{name}" for name in ours]
     fitted, translated = fit_names(theirs, names)
     assert translated and set(fitted) == set(names)
