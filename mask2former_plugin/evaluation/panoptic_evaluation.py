@@ -153,8 +153,8 @@ class BoundaryPanopticEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: dicts with ``image_id``.
-            outputs: dicts with ``panoptic_seg``: segment ids ``[H, W]`` and a list of ``id``, ``isthing`` and
-                contiguous ``category_id``.
+            outputs: dicts with ``panoptic_seg``: segment ids ``[H, W]`` and a list of ``id``, ``category_id`` and
+                ``isthing``.
         """
         for input, output in zip(inputs, outputs):
             ids, segments = output["panoptic_seg"]
@@ -164,9 +164,15 @@ class BoundaryPanopticEvaluator(DatasetEvaluator):
             self._seen += 1
 
     def _with_dataset_ids(self, segments: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """As in Detectron2: a segment with ``isthing`` has a contiguous id, one without it the dataset's.
+
+        Upstream's evaluator of PQ turns the former into the latter, in the very dicts that come here afterwards.
+        """
         for segment in segments:
-            dataset_id = self._dataset_id[bool(segment["isthing"])][segment["category_id"]]
-            yield {"id": segment["id"], "category_id": dataset_id}
+            category = segment["category_id"]
+            if "isthing" in segment:
+                category = self._dataset_id[bool(segment["isthing"])][category]
+            yield {"id": segment["id"], "category_id": category}
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """``{"panoptic_seg_boundary": {"PQ": percent, …}}``; None on processes other than the main one."""

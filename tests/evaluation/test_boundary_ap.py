@@ -163,6 +163,7 @@ def test_evaluators_report_it_beside_mask_ap(dataset, files, evaluator_class, tm
     )
     try:
         evaluator = evaluator_class(name, distributed=False, dilation_ratio=0.05)
+        evaluator.reset()
         for image in range(1, 5):
             results = [r for r in dataset[1] if r["image_id"] == image]
             instances = Instances(SIZE)
