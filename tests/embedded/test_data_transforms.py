@@ -59,13 +59,24 @@ def test_resize_labels_of_any_integer_exactly(dtype, size, new_size):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, pytest.param(np.int32, marks=pytest.mark.embedded_only)])
-@pytest.mark.parametrize("size, new_size", [(644, 77), (585, 35), (800, 48), (427, 683), (333, 111)])
+@pytest.mark.parametrize(
+    "size, new_size",
+    [
+        ((644, 3), (77, 5)),
+        ((585, 3), (35, 5)),
+        ((800, 3), (48, 5)),
+        ((427, 640), (683, 1024)),
+        ((333, 3), (111, 5)),
+        ((124, 186), (112, 168)),
+        ((124, 3), (112, 5)),
+    ],
+)
 def test_resize_labels_rounds_as_torch_does(dtype, size, new_size):
-    """At some sizes a sample falls on a border, and float32 and float64 disagree in torch; integers go with float64."""
-    labels = np.arange(size * 3).reshape(size, 3).astype(dtype)
+    """Where a sample falls on a border, torch's float32 and float64 disagree, as do its small and its large outputs."""
+    labels = np.arange(size[0] * size[1]).reshape(size).astype(dtype)
     values = torch.from_numpy(labels.astype(np.float32 if dtype == np.float32 else np.float64))
-    expected = torch.nn.functional.interpolate(values[None, None], (new_size, 5), mode="nearest")[0, 0].numpy()
-    np.testing.assert_array_equal(T.ResizeTransform(size, 3, new_size, 5).apply_segmentation(labels), expected)
+    expected = torch.nn.functional.interpolate(values[None, None], new_size, mode="nearest")[0, 0].numpy()
+    np.testing.assert_array_equal(T.ResizeTransform(*size, *new_size).apply_segmentation(labels), expected)
 
 
 @pytest.mark.embedded_only

@@ -113,8 +113,7 @@ class ResizeTransform(Transform):
         if method == Image.Resampling.NEAREST:
             # torch's rounding depends on the type of the values; labels are float64 in published pipelines
             dtype = torch.float32 if img.dtype == np.float32 else torch.float64
-            rows = _torch_nearest_indices(self.h, self.new_h, dtype)
-            cols = _torch_nearest_indices(self.w, self.new_w, dtype)
+            rows, cols = _torch_nearest_indices((self.h, self.w), (self.new_h, self.new_w), dtype)
             return img[rows[:, None], cols[None, :]]
         return self._interpolate(img, method)
 
@@ -146,10 +145,17 @@ class ResizeTransform(Transform):
         return ResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
 
 
-def _torch_nearest_indices(size: int, new_size: int, dtype: torch.dtype) -> np.ndarray:
-    """Index of the input that torch's ``nearest`` for images of this type takes for each output position."""
-    positions = torch.arange(size, dtype=dtype)[None, None, :, None]
-    return F.interpolate(positions, (new_size, 1), mode="nearest")[0, 0, :, 0].long().numpy()
+def _torch_nearest_indices(
+    size: tuple[int, int], new_size: tuple[int, int], dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the input that torch's ``nearest`` for images of this type takes for those of the output.
+
+    torch's kernels for small and for large outputs round differently, hence positions at the output's full size.
+    """
+    rows = torch.arange(size[0], dtype=dtype)[None, None, :, None]
+    cols = torch.arange(size[1], dtype=dtype)[None, None, None, :]
+    rows, cols = (F.interpolate(x, new_size, mode="nearest")[0, 0].long().numpy() for x in (rows, cols))
+    return rows[:, 0], cols[0]
 
 
 class RotationTransform(Transform):
