@@ -171,7 +171,7 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
         KeyError: a key does not exist; the message names the file and the nearest known key.
         ValueError: a value has the wrong type, or ``opts`` does not hold pairs.
     """
-    if config_file is not None and _is_huggingface(Path(config_file)):
+    if config_file and _is_huggingface(Path(config_file)):
         from mask2former_plugin.checkpoint.huggingface import load_hf_config
 
         cfg = load_hf_config(config_file)

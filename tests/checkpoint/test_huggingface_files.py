@@ -114,6 +114,7 @@ def test_folder_as_config_and_as_weights(saved):
         fresh = build_model(loaded)
         load_for_evaluation(fresh, loaded)
         assert_same(model, fresh)
+    assert load_config("").MODEL.WEIGHTS == load_config().MODEL.WEIGHTS  # the working folder is no config
     loaded.MODEL.WEIGHTS = str(folder / "nothing")
     with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS: .*nothing does not exist"):
         check_config(loaded, training=False)

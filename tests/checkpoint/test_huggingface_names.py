@@ -184,6 +184,14 @@ def test_theirs_to_ours_is_bit_equal(case, tmp_path):
     assert converted.keys() == wanted.keys()
     assert all(torch.equal(converted[name], wanted[name]) for name in wanted)
     assert {value.dtype for value in converted.values()} <= {torch.float32, torch.int64}
+    # files of transformers 4 hold the index of the windows, too
+    computed = {name: value for name, value in wanted.items() if name.endswith("relative_position_index")}
+    inner = "model.pixel_level_module.encoder." + ("model." if family == "maskformer" else "")
+    for name, value in computed.items():
+        theirs[name.replace("backbone.", f"{inner}encoder.").replace(".attn.", ".attention.self.")] = value
+    converted = to_detectron2(theirs)
+    assert converted.keys() == wanted.keys()
+    assert all(torch.equal(converted[name], value) for name, value in computed.items())
 
 
 def test_ours_to_theirs_is_bit_equal(case):
