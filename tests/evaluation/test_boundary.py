@@ -136,9 +136,18 @@ def test_perfect_prediction_is_perfect_at_the_boundary():
     assert summarize(counts, [True, False])["PQ"] == 100.0
 
 
+def test_true_pixels_of_no_listed_segment_are_not_void():
+    """As in the reference implementation of PQ: predicted pixels there count against the prediction."""
+    true_map = np.array([[1, 1, 1, 5, 5, 0]])
+    counts = match_segments(true_map, [{"id": 1, "category_id": 3}], true_map * 0 + 1, [{"id": 1, "category_id": 3}], {3: 0})
+    assert counts.table.tolist() == [[3 / 5, 1, 0, 0]]
+
+
 def test_what_does_not_fit_is_named():
     ids = np.array([[1, 1], [2, 2]])
     segments = [{"id": 1, "category_id": 3}, {"id": 2, "category_id": 3}]
+    with pytest.raises(ValueError, match="the prediction holds the negative id -1"):
+        match_segments(ids, segments, ids - 2, segments, {3: 0})
     with pytest.raises(ValueError, match=r"prediction holds the segment ids \[2\], which segments_info lacks"):
         match_segments(ids, segments, ids, segments[:1], {3: 0})
     with pytest.raises(ValueError, match=r"prediction must be positive and different, got \[1, 1\]"):
