@@ -36,7 +36,8 @@ setup(
         "shapely",
     ],
     extras_require={
-        "test": ["pytest", "transformers"],
+        "test": ["pytest", "transformers", "h5py"],
+        "datasets": ["h5py"],
         "cityscapes": ["cityscapesscripts"],
     },
 )

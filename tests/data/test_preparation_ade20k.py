@@ -1,7 +1,5 @@
 """ADE20K's preparation on two images of the published layout."""
 
-import itertools
-
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -224,15 +222,14 @@ def test_processes_and_interruption_give_the_same_files(tree):
     assert [path.read_bytes() for path in outputs] == resumed
 
 
-@pytest.mark.parametrize(("script", "victim"), itertools.product(
-    [SEMANTIC, PANOPTIC], [b"", b"half"]
-))  # fmt: skip
-def test_incomplete_files_are_made_again(tree, script, victim):
+@pytest.mark.parametrize("rest", [0, 0.5])
+@pytest.mark.parametrize("script", [SEMANTIC, PANOPTIC])
+def test_incomplete_files_are_made_again(tree, script, rest):
     run_script(script, tree)
     folder = {SEMANTIC: "annotations_detectron2/validation", PANOPTIC: "ade20k_panoptic_val"}[script]
     path = tree / "ADEChallengeData2016" / folder / "ADE_val_00000002.png"
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if victim else b"")
+    path.write_bytes(content[: int(len(content) * rest)])
     run_script(script, tree)
     assert path.read_bytes() == content
 
@@ -262,14 +259,12 @@ def test_missing_input_shows_the_layout(tmp_path, script):
 
 def test_missing_partners_are_named(tree):
     (tree / "ADEChallengeData2016/annotations_instance/validation/ADE_val_00000001.png").unlink()
-    with pytest.raises(SystemExit, match=r"annotations_instance/validation lacks \*.png for 1 images: ADE_val_00000001"):
+    with pytest.raises(SystemExit, match=r"annotations_instance/validation lacks \*.png for 1 images: ADE_val_0*1"):
         run_script(PANOPTIC, tree)
     assert not list((tree / "ADEChallengeData2016").glob("ade20k_*"))
 
 
-@pytest.mark.parametrize(
-    ("red", "message"), [([101], "not .101."), ([0], "not .0."), ([1, 4], "not .1, 4.")]
-)  # fmt: skip
+@pytest.mark.parametrize(("red", "message"), [([101], "not .101."), ([0], "not .0."), ([1, 4], "not .1, 4.")])
 def test_wrong_instance_classes(tree, red, message):
     wrong = np.zeros((12, 20, 3))
     for column, value in enumerate(red):

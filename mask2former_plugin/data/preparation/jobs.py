@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +55,7 @@ def run(
                 bar.update()
             return
         chunk = max(1, min(_CHUNK, len(items) // options.workers))
-        with ProcessPoolExecutor(min(options.workers, len(items)), initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(min(options.workers, len(items)), _context(), initializer=_start_worker) as pool:
             try:
                 for result in pool.map(function, items, chunksize=chunk):
                     yield result
@@ -61,6 +63,15 @@ def run(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # without this the rest would be worked off first
                 raise
+
+
+def _context() -> BaseContext:
+    """Processes that inherit no threads: a plain fork can hang where OpenCV or PyTorch have used theirs before."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports once what every process needs
+    return context
 
 
 def _start_worker() -> None:
