@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 NUM_DECODER_LEVELS = 3
 
-PixelFeatures = tuple[Tensor, Tensor | None, list[Tensor]]
+PixelFeatures = tuple[Tensor, Optional[Tensor], list[Tensor]]  # evaluated at import, where Python 3.9 has no |
 """Per-pixel embeddings, encoder features (None without an encoder), maps for the decoder from coarse to fine."""
 
 

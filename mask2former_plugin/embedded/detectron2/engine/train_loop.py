@@ -186,7 +186,7 @@ class _StepMetrics:
         """
         if self._copied is not None:
             self._copied.synchronize()
-        own = dict(zip(self.names, self._values.tolist(), strict=True))
+        own = dict(zip(self.names, self._values.tolist()))
         storage = get_event_storage()
         storage.put_scalar("rank_data_time", self.data_time, cur_iter=self.iteration)
         # All processes take part in the collective before anyone complains, so that nobody is left waiting.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Union
 
 import torch
 from fvcore.nn import weight_init
@@ -11,7 +12,7 @@ from torch import nn
 from detectron2.layers.batch_norm import FrozenBatchNorm2d, get_norm
 from detectron2.layers.wrappers import Conv2d
 
-Norm = str | Callable[[int], nn.Module] | None
+Norm = Union[str, Callable[[int], nn.Module], None]  # evaluated at import, where Python 3.9 has no |
 
 
 class CNNBlockBase(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from enum import Enum, unique
+from typing import Union
 
 import cv2
 import matplotlib.colors as mplc
@@ -25,7 +26,7 @@ from detectron2.utils.vis_image import VisImage
 
 __all__ = ["ColorMode", "GenericMask", "VisImage", "Visualizer"]
 
-Color = str | Sequence[float]
+Color = Union[str, Sequence[float]]  # evaluated at import, where Python 3.9 has no |
 
 SMALL_OBJECT_AREA = 1000  # pixels of the output; below it, the label goes beside the object
 LARGE_PART_AREA = 120_000  # pixels of the output; above it, a further part of a mask gets a label of its own
