@@ -29,7 +29,9 @@ class NetworkOnly(nn.Module):
         super().__init__()
         for name in ("backbone", "sem_seg_head"):
             if not hasattr(model, name):
-                raise ValueError(f"{type(model).__name__} has no {name}: only MaskFormer and SemanticSegmentor are known")
+                raise ValueError(
+                    f"{type(model).__name__} has no {name}: only MaskFormer and SemanticSegmentor can be analysed"
+                )
         self.backbone = model.backbone
         self.sem_seg_head = model.sem_seg_head
         self.eval()

@@ -59,7 +59,7 @@ def _add_test_keys(cfg: CfgNode) -> None:
     node = cfg.TEST
     node.BEST_CHECKPOINT = CfgNode({"METRIC": "", "MODE": "max"})  # e.g. "panoptic_seg/PQ": keeps model_best.pth
     node.BOUNDARY = False  # True: boundary AP and boundary PQ beside AP and PQ
-    node.BOUNDARY_DILATION_RATIO = 0.02  # width of the boundary in parts of the diagonal; the paper's for Cityscapes: 0.005
+    node.BOUNDARY_DILATION_RATIO = 0.02  # width of the boundary in parts of the diagonal; Cityscapes: 0.005
     node.SEMANTIC_PQ = False  # True: PQ of semantic predictions beside mIoU
 
 

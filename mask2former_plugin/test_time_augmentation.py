@@ -68,7 +68,8 @@ class _WithTTA(nn.Module):
 
 
 class SemanticSegmentorWithTTA(_WithTTA):
-    """Averages the semantic scores of a model over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, mirrored images.
+    """Averages the semantic scores of a model over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, their
+    mirror images.
 
     Args:
         cfg: the model's config.

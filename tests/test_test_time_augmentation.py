@@ -118,7 +118,8 @@ class ColourHead(nn.Module):
         self.embed = torch.randn(1, QUERIES, 3) * 2
 
     def forward(self, features):
-        return MaskPrediction(pred_logits=self.class_logits, mask_logits=MaskLogits(self.embed, features), aux_outputs=[])
+        masks = MaskLogits(self.embed, features)
+        return MaskPrediction(pred_logits=self.class_logits, mask_logits=masks, aux_outputs=[])
 
 
 class ShuffledHead(ColourHead):
@@ -323,8 +324,10 @@ def test_flipped_copies_are_recognised_by_their_transforms():
     x = smooth_input()
 
     def mapper(x):
-        mirrored = {**x, "image": x["image"].flip(2), "transforms": TransformList([NoOpTransform(), HFlipTransform(96)])}
+        transforms = TransformList([NoOpTransform(), HFlipTransform(96)])
+        mirrored = {**x, "image": x["image"].flip(2), "transforms": transforms}
         return [mirrored, {**x, "transforms": TransformList([NoOpTransform()])}]
 
     model = make_model(ColourHead())
-    assert_same_results(MaskClassificationWithTTA(config(64, flip=False), model, tta_mapper=mapper)([x])[0], model([x])[0])
+    augmented = MaskClassificationWithTTA(config(64, flip=False), model, tta_mapper=mapper)([x])[0]
+    assert_same_results(augmented, model([x])[0])

@@ -3,10 +3,11 @@
 
   python tools/analyze_model.py --tasks parameter structure --config-file configs/quickstart/mask2former.yaml
   python tools/analyze_model.py --tasks flop activation --use-fixed-input-size --config-file configs/…
-  python tools/analyze_model.py --tasks flop -n 100 --config-file configs/…      # mean over 100 images of DATASETS.TEST
+  python tools/analyze_model.py --tasks flop -n 100 --config-file configs/…    # mean over 100 images of DATASETS.TEST
 
 A multiply-add counts as one operation. Counted is what runs: from the image to class and mask logits at stride 4.
---use-fixed-input-size takes a square of INPUT.CROP.SIZE[0] pixels (published: for semantic ADE20K only) and reads no data.
+--use-fixed-input-size takes a square of INPUT.CROP.SIZE[0] pixels (published: for semantic ADE20K only) and reads no
+data.
 """
 
 import itertools

@@ -20,7 +20,9 @@ def main(arguments=None):
     parser.add_argument("--gt-folder", metavar="DIR", help="PNGs, default: the JSON's path without .json")
     parser.add_argument("--pred-json-file", required=True, metavar="FILE", help="predictions.json of an evaluation")
     parser.add_argument("--pred-folder", metavar="DIR", help="PNGs, default: the JSON's path without .json")
-    parser.add_argument("--iou-type", choices=("boundary", "segm"), default="boundary", help="boundary: PQ and boundary PQ")
+    parser.add_argument(
+        "--iou-type", choices=("boundary", "segm"), default="boundary", help="boundary (default): PQ and boundary PQ"
+    )
     add_dilation_argument(parser, DEFAULT_DILATION_RATIO)
     parser.add_argument("--per-class", action="store_true", help="print the PQ of every class too")
     args = parser.parse_args(arguments)

@@ -3,7 +3,8 @@
 
   python tools/evaluate_pq_for_semantic_segmentation.py --dataset-name ade20k_sem_seg_val \
       --json-file output/inference/sem_seg_predictions.json
-  python tools/evaluate_pq_for_semantic_segmentation.py --dataset-name street_val --config-file street.yaml --json-file …
+  python tools/evaluate_pq_for_semantic_segmentation.py --dataset-name street_val --config-file street.yaml \
+      --json-file …
 """
 
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)

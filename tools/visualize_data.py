@@ -40,7 +40,8 @@ def records(cfg, scale):
 def main(arguments=None):
     parser = new_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--source", choices=("dataloader", "annotation"), default="dataloader", help="default dataloader")
+    sources = ("dataloader", "annotation")
+    parser.add_argument("--source", choices=sources, default=sources[0], help=f"default {sources[0]}")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--num-images", type=int, default=20, help="number of pictures (default 20)")
     parser.add_argument("--scale", type=float, default=1.0, help="enlarges the pictures")

@@ -5,8 +5,8 @@ The file may be coco_instances_results.json, panoptic predictions.json or sem_se
 
   python tools/visualize_json_results.py --dataset-name coco_2017_val --output-dir pictures \
       --input output/inference/coco_instances_results.json --conf-threshold 0.5
-  python tools/visualize_json_results.py --dataset-name quickstart_val --config-file configs/quickstart/mask2former.yaml \
-      --output-dir pictures --input output/quickstart/mask2former/inference/predictions.json
+  python tools/visualize_json_results.py --dataset-name quickstart_val --output-dir pictures \
+      --config-file configs/quickstart/mask2former.yaml --input output/quickstart/mask2former/inference/predictions.json
 """
 
 from itertools import islice

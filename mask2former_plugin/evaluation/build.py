@@ -41,9 +41,10 @@ KNOWN_TYPES = (
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
     """Evaluator(s) of one dataset.
 
-    ``MetadataCatalog.get(dataset_name).evaluator_type`` names the kind; the flags of ``MODEL.MASK_FORMER.TEST`` say which tasks of a
-    panoptic dataset are evaluated, as in the published ``train_net.py``. ``TEST.BOUNDARY`` adds boundary AP
-    (``segm_boundary``) and boundary PQ (``panoptic_seg_boundary``), ``TEST.SEMANTIC_PQ`` the PQ of semantic predictions.
+    ``MetadataCatalog.get(dataset_name).evaluator_type`` names the kind; the flags of
+    ``MODEL.MASK_FORMER.TEST`` say which tasks of a panoptic dataset are evaluated, as in the published
+    ``train_net.py``. ``TEST.BOUNDARY`` adds boundary AP (``segm_boundary``) and boundary PQ
+    (``panoptic_seg_boundary``), ``TEST.SEMANTIC_PQ`` the PQ of semantic predictions (``sem_seg_pq``).
 
     Args:
         output_folder: where predictions are written, default ``OUTPUT_DIR/inference``.
@@ -95,8 +96,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         )
     if not evaluators:
         raise ValueError(
-            f"nothing to evaluate on {dataset_name!r} (evaluator_type {kind!r}): switch on SEMANTIC_ON, INSTANCE_ON or PANOPTIC_ON of "
-            "MODEL.MASK_FORMER.TEST, as far as the dataset has such ground truth"
+            f"nothing to evaluate on {dataset_name!r} (evaluator_type {kind!r}): switch on SEMANTIC_ON, INSTANCE_ON "
+            "or PANOPTIC_ON of MODEL.MASK_FORMER.TEST, as far as the dataset has such ground truth"
         )
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 

@@ -1,4 +1,4 @@
-"""Prediction files as model outputs: what ``draw_prediction`` and evaluators take, from what evaluators have written."""
+"""Prediction files as model outputs: what a model gives, from what evaluators have written."""
 
 from __future__ import annotations
 

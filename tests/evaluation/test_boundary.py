@@ -139,7 +139,8 @@ def test_perfect_prediction_is_perfect_at_the_boundary():
 def test_true_pixels_of_no_listed_segment_are_not_void():
     """As in the reference implementation of PQ: predicted pixels there count against the prediction."""
     true_map = np.array([[1, 1, 1, 5, 5, 0]])
-    counts = match_segments(true_map, [{"id": 1, "category_id": 3}], true_map * 0 + 1, [{"id": 1, "category_id": 3}], {3: 0})
+    segments = [{"id": 1, "category_id": 3}]
+    counts = match_segments(true_map, segments, true_map * 0 + 1, segments, {3: 0})
     assert counts.table.tolist() == [[3 / 5, 1, 0, 0]]
 
 

@@ -167,7 +167,8 @@ def test_evaluators_report_it_beside_mask_ap(dataset, files, evaluator_class, tm
         for image in range(1, 5):
             results = [r for r in dataset[1] if r["image_id"] == image]
             instances = Instances(SIZE)
-            instances.pred_masks = torch.from_numpy(np.stack([coco_mask.decode(r["segmentation"]) for r in results])) > 0
+            masks = np.stack([coco_mask.decode(r["segmentation"]) for r in results])
+            instances.pred_masks = torch.from_numpy(masks) > 0
             instances.pred_boxes = Boxes(torch.zeros(len(results), 4))
             instances.scores = torch.tensor([r["score"] for r in results], dtype=torch.float64)
             instances.pred_classes = torch.tensor([contiguous[r["category_id"]] for r in results])

@@ -28,7 +28,8 @@ def test_samples_of_every_mapper(tiny, mapper, tmp_path):
     arguments = ["--config-file", tiny.config, "--output-dir", str(tmp_path), "--num-images", "3"]
     overrides = ["INPUT.DATASET_MAPPER_NAME", mapper, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "96"]
     if "instance" in mapper:
-        overrides += ["DATASETS.TRAIN", "('tiny_instances',)", "DATASETS.TEST", "()", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4"]
+        overrides += ["DATASETS.TRAIN", "('tiny_instances',)", "DATASETS.TEST", "()"]
+        overrides += ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4"]
     paths = visualize_data.main([*arguments, *overrides])
     assert len(paths) == 3
     for path in paths:

@@ -56,10 +56,10 @@ def group_queries(class_probability: Sequence[Tensor], masks: Sequence[Tensor]) 
 
     Queries of different passes have no common order, so every pass is assigned to the groups of the passes before it
     by the Hungarian algorithm. The similarity is mask IoU · agreement of the classes: IoU in its form for soft masks,
-    Σab / (Σa² + Σb² - Σab), and Σ over the classes of the smaller probability; both are 1 for identical queries only.
-    An assigned pair is the same object if its IoU is above 0.5, the rule of panoptic quality. What a later pass finds
-    and no earlier one did (a query left over whose best class is an object) starts a group of its own: small objects
-    are often seen at the larger scales only.
+    Σab / (Σa² + Σb² - Σab), and the sum over the classes of the smaller probability; both are 1 for identical queries
+    only. An assigned pair is the same object if its IoU is above 0.5, the rule of panoptic quality. What a later pass
+    finds and no earlier one did (a query left over whose best class is an object) starts a group of its own: small
+    objects are often seen at the larger scales only.
 
     Args:
         class_probability: of each pass, ``[Q, K+1]``, the last one "no object".
