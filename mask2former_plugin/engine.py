@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
+import sys
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -23,15 +28,24 @@ from torch import nn
 from mask2former_plugin.checkpoint import Checkpointer
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import check_num_classes, register_custom_datasets
-from mask2former_plugin.data.mappers import build_mapper
+from mask2former_plugin.data.mappers import MAPPERS, build_mapper
 from mask2former_plugin.data.names import unknown_name
 from mask2former_plugin.evaluation import build_evaluator
+from mask2former_plugin.modeling.transformer_decoders import TRANSFORMER_DECODER_REGISTRY
 from mask2former_plugin.solver import build_optimizer
 from mask2former_plugin.test_time_augmentation import build_model_with_TTA
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# config keys that name a registered class
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": SEM_SEG_HEADS_REGISTRY,
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": TRANSFORMER_DECODER_REGISTRY,
+}
 
 
 class MixedPrecisionTrainer(SimpleTrainer):
@@ -132,11 +146,24 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{key}_TTA", value) for key, value in results.items())
 
 
+@contextmanager
+def user_errors(*errors: type[Exception]) -> Iterator[None]:
+    """For tools: what a user can put right in a config or a checkpoint ends the program with one sentence, no traceback.
+
+    Args:
+        errors: which exceptions are that, default those of reading and checking a config.
+    """
+    try:
+        yield
+    except errors or (KeyError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
 def load_for_evaluation(model: nn.Module, cfg: CfgNode, *, resume: bool = False) -> None:
     """Load ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``, for use and not for training.
 
     Raises:
-        ValueError: more than the classifier would stay random, and ``MODEL.ALLOW_RANDOM_WEIGHTS`` is False.
+        CheckpointMismatchError: more than the classifier would stay random, and ``MODEL.ALLOW_RANDOM_WEIGHTS`` is False.
     """
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -175,17 +202,41 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
-    """Raise one clear error for what would otherwise fail late: unknown datasets, class counts, device, precision."""
+    """Raise one clear error for what would otherwise fail late: unknown datasets and classes, class counts, device, precision."""
     _check_datasets(cfg, training)
     check_num_classes(cfg)
-    device = torch.device(cfg.MODEL.DEVICE)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("MODEL.DEVICE is 'cuda', but torch sees no CUDA device; add MODEL.DEVICE cpu to the command line")
+    _check_device(cfg.MODEL.DEVICE)
+    _check_names(cfg, training)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.exists(weights.removesuffix("?matching_heuristics=True")):
         raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE {name!r} is no device; it is cpu, cuda or cuda:<number>") from error
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"MODEL.DEVICE is {name!r}, but torch sees no CUDA device; add MODEL.DEVICE cpu to the command line")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"MODEL.DEVICE is {name!r}, but torch sees {torch.cuda.device_count()} CUDA device(s), counted from 0")
+
+
+def _check_names(cfg: CfgNode, training: bool) -> None:
+    known = {key: [name for name, _ in registry] for key, registry in _REGISTRIES.items()}
+    if training:
+        known["INPUT.DATASET_MAPPER_NAME"] = list(MAPPERS)
+        if cfg.TEST.BEST_CHECKPOINT.METRIC:
+            known["TEST.BEST_CHECKPOINT.MODE"] = ["max", "min"]
+    for key, names in known.items():
+        name = functools.reduce(getattr, key.split("."), cfg)
+        if name not in names:
+            raise ValueError(unknown_name(key, name, names))
 
 
 def check_dataset_files(cfg: CfgNode, *, training: bool) -> None:

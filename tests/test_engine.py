@@ -138,6 +138,14 @@ def test_hook_order_keeps_the_best_after_the_evaluation(run, datasets, tmp_path)
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"], "NUM_CLASSES.*7.*8|8.*NUM_CLASSES.*7"),
         (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float8"], "SOLVER.AMP.PRECISION must be one of"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device"),
+        (["MODEL.META_ARCHITECTURE", "MaskFormr"], "Unknown MODEL.META_ARCHITECTURE 'MaskFormr'. Did you mean 'MaskFormer'"),
+        (["MODEL.BACKBONE.NAME", "SwinTransformer"], "Unknown MODEL.BACKBONE.NAME .* Did you mean 'D2SwinTransformer'"),
+        (["MODEL.SEM_SEG_HEAD.NAME", "MaskFormerHed"], "Unknown MODEL.SEM_SEG_HEAD.NAME .* Did you mean 'MaskFormerHead'"),
+        (["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "MSDeformPixelDecoder"], "PIXEL_DECODER_NAME .* Did you mean 'MSDeformAttnPixelDecoder'"),
+        (["MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "StandardDecoder"], "Did you mean 'StandardTransformerDecoder'"),
+        (["INPUT.DATASET_MAPPER_NAME", "coco_panoptic"], "Unknown INPUT.DATASET_MAPPER_NAME .* Did you mean 'coco_panoptic_lsj'"),
+        (["TEST.BEST_CHECKPOINT.METRIC", "segm/AP", "TEST.BEST_CHECKPOINT.MODE", "maximum"], "TEST.BEST_CHECKPOINT.MODE 'maximum'"),
     ],
 )
 def test_what_would_fail_late_fails_first(run, opts, message):
@@ -169,5 +177,5 @@ def test_cuda_that_is_not_there():
 def test_checkpoint_of_another_architecture_is_refused(run):
     run("maskformer", "SOLVER.MAX_ITER", "1")
     other = str(run.output / "maskformer" / "model_final.pth")
-    with pytest.raises(ValueError, match="another architecture"):
+    with pytest.raises(SystemExit, match="error: the checkpoint is of another architecture"):
         run("mask2former", "MODEL.WEIGHTS", other, flags=["--eval-only"])

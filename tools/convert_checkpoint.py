@@ -10,7 +10,6 @@ files of both projects included.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
@@ -22,6 +21,7 @@ from mask2former_plugin.checkpoint import Checkpointer
 from mask2former_plugin.checkpoint.huggingface import FILES, load_hf_config, save_pretrained
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
+from mask2former_plugin.engine import user_errors
 
 
 def load_model(cfg: CfgNode, weights: str) -> torch.nn.Module:
@@ -64,13 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.to_huggingface and not args.config_file:
         parser.error("--to-huggingface needs the --config-file of the checkpoint")
-    try:
+    with user_errors():
         if args.from_huggingface:
             written = from_huggingface(args.source, args.target)
         else:
             written = to_huggingface(args.source, args.target, args.config_file, args.opts)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     for path in written:
         print(path)
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
-from mask2former_plugin.engine import Predictor, check_config
-from mask2former_plugin.visualization import draw_prediction
+from mask2former_plugin.engine import Predictor, check_config, user_errors
+from mask2former_plugin.visualization import draw_prediction, indexed_by_contiguous_id, save_picture
 
 ESCAPE = 27
 WINDOW = "mask2former_plugin"
@@ -45,7 +45,7 @@ def parse_args(argv):
 
 
 def build_predictor(args):
-    try:
+    with user_errors():
         cfg = load_config(args.config_file, args.opts)
         register_custom_datasets(cfg)
         check_config(cfg, training=False)
@@ -53,26 +53,38 @@ def build_predictor(args):
             raise ValueError("no weights: add --opts MODEL.WEIGHTS path/to/model_final.pth")
         cfg.freeze()
         return Predictor(cfg), MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
 def run_on_images(args, predictor, metadata) -> None:
-    paths = sorted(glob.glob(args.input[0])) if len(args.input) == 1 else args.input
+    # a name may hold the very characters that mean something in patterns
+    paths = sorted(glob.glob(args.input[0])) if len(args.input) == 1 and not Path(args.input[0]).exists() else args.input
     if not paths:
         sys.exit(f"error: no image matches {args.input[0]}")
     to_folder = args.output is not None and (args.output.is_dir() or len(paths) > 1 or not args.output.suffix)
-    if to_folder:
-        args.output.mkdir(parents=True, exist_ok=True)
+    targets = dict(zip(paths, picture_names(paths)))
     for path in tqdm(paths, disable=args.output is None):
-        image = read_image(path, "BGR")
+        with user_errors(OSError):
+            image = read_image(path, "BGR")
         picture = draw_prediction(image[:, :, ::-1], predictor(image), metadata, min_score=args.confidence_threshold)
         if args.output is None:
             if not show(picture):
                 break
         else:
-            target = args.output / f"{Path(path).stem}.png" if to_folder else args.output
-            cv2.imwrite(str(target), picture[:, :, ::-1])
+            with user_errors(OSError):
+                save_picture(args.output / targets[path] if to_folder else args.output, picture)
+
+
+def picture_names(paths: list[str]) -> list[str]:
+    """A file name for the overlay of each image, all different: images of several folders may have the same name."""
+    names, taken = [], set()
+    for path in map(Path, paths):
+        name, number = f"{path.stem}.png", 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}_{number}.png"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def show(picture: np.ndarray, wait: int = 0) -> bool:
@@ -97,7 +109,7 @@ def run_on_video(args, predictor, metadata) -> None:
     capture = cv2.VideoCapture(name)
     if not capture.isOpened():
         sys.exit(f"error: {'the webcam' if args.webcam else name} can't be opened")
-    visualizer = VideoVisualizer(metadata)
+    visualizer = VideoVisualizer(indexed_by_contiguous_id(metadata))
     writer = None
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if not args.webcam else 0
     for frame in tqdm(frames(capture), total=max(total, 0) or None):
@@ -110,6 +122,8 @@ def run_on_video(args, predictor, metadata) -> None:
             size = (picture.shape[1], picture.shape[0])
             rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
             writer = cv2.VideoWriter(str(args.output), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+            if not writer.isOpened():
+                sys.exit(f"error: the video {args.output} can't be written; give --output a file in an existing folder, such as out.mp4")
         writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
     capture.release()
     if writer is not None:

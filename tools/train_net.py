@@ -6,28 +6,29 @@
   python tools/train_net.py --config-file … --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
-import sys
-
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mask2former_plugin.engine import Trainer, load_for_evaluation, setup
+from mask2former_plugin.checkpoint import CheckpointMismatchError
+from mask2former_plugin.engine import Trainer, load_for_evaluation, setup, user_errors
+from mask2former_plugin.serialization import CheckpointFileError
+
+LOADING_ERRORS = (CheckpointMismatchError, CheckpointFileError, FileNotFoundError)
 
 
 def main(args):
-    try:
+    with user_errors():
         cfg = setup(args)
-    except (KeyError, ValueError, FileNotFoundError) as error:
-        # what a user can put right in the config is one sentence, not a traceback
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     if not args.eval_only:
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        with user_errors(*LOADING_ERRORS):
+            trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    load_for_evaluation(model, cfg, resume=args.resume)
+    with user_errors(*LOADING_ERRORS):
+        load_for_evaluation(model, cfg, resume=args.resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))

@@ -26,6 +26,10 @@ _DERIVED = re.compile(r"(?:.*\.)?(?:relative_position_index|num_batches_tracked)
 _CLASSIFIER = re.compile(r"sem_seg_head\.predictor\.(?:class_embed\.)?(?:weight|bias)")
 
 
+class CheckpointMismatchError(ValueError):
+    """A checkpoint that does not fit the model; the text has the table of what is missing."""
+
+
 class Checkpointer(DetectionCheckpointer):
     """``DetectionCheckpointer`` that never unpickles arbitrary code and reads every published layout.
 
@@ -70,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
             classifier: refuse a random classifier, too.
 
         Raises:
-            ValueError: weights of other layers are still those of the initialisation; the text has the table by module.
+            CheckpointMismatchError: weights of other layers are still those of the initialisation; the text has the table by module.
         """
         if classifier:
             random = self.random_weights
@@ -78,7 +82,7 @@ class Checkpointer(DetectionCheckpointer):
             random = {name for name in self.random_weights if not _CLASSIFIER.fullmatch(name)}
         if random:
             report = LoadReport(self._names, missing=sorted(self.random_weights))
-            raise ValueError(
+            raise CheckpointMismatchError(
                 f"the model would be used with random weights: {report}\nSet MODEL.WEIGHTS to a checkpoint of the "
                 "config's model, or MODEL.ALLOW_RANDOM_WEIGHTS True if you mean it."
             )
@@ -115,4 +119,6 @@ class Checkpointer(DetectionCheckpointer):
         # weights of a backbone alone are fine; a whole model has to fill most of the head
         if loaded and (not whole_model or 2 * len(loaded_head) >= len(head)):
             return
-        raise ValueError(f"the checkpoint is of another architecture than the config's model: {self.report}")
+        raise CheckpointMismatchError(
+            f"the checkpoint is of another architecture than the config's model: {self.report}"
+        )

@@ -261,14 +261,12 @@ def _read_resnet(values: Mapping[str, Any], cfg: CfgNode, where: str) -> None:
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     node = cfg.MODEL.RESNETS
     node.DEPTH = depths[0]
-    node.STEM_TYPE = "basic"
     node.STEM_OUT_CHANNELS = values["embedding_size"]
     node.RES2_OUT_CHANNELS = widths[0]
     if shape[0] == "bottleneck":
         node.WIDTH_PER_GROUP = widths[0] // 4
     node.STRIDE_IN_1X1 = values["downsample_in_bottleneck"]
     node.OUT_FEATURES = _LEVELS
-    node.RES5_MULTI_GRID = [1, 1, 1]
 
 
 def _read_classes(names: list[str], cfg: CfgNode) -> None:
@@ -426,7 +424,7 @@ def _write_backbone(cfg: CfgNode) -> dict[str, Any]:
     _check(cfg, "MODEL.BACKBONE.NAME", "build_resnet_backbone")
     resnet = model.RESNETS
     layer_type, depths = _RESNETS[resnet.DEPTH]
-    fixed = {"STEM_TYPE": "basic", "NUM_GROUPS": 1, "RES5_DILATION": 1, "OUT_FEATURES": _LEVELS}
+    fixed = {"NUM_GROUPS": 1, "RES5_DILATION": 1, "OUT_FEATURES": _LEVELS}
     if layer_type == "bottleneck":
         fixed["WIDTH_PER_GROUP"] = resnet.RES2_OUT_CHANNELS // 4
     for key, wanted in fixed.items():

@@ -17,12 +17,10 @@ RESNET = [
     "MODEL.BACKBONE.NAME", "build_resnet_backbone",
     "MODEL.BACKBONE.FREEZE_AT", 0,
     "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"],
-    "MODEL.RESNETS.STEM_TYPE", "basic",
     "MODEL.RESNETS.STEM_OUT_CHANNELS", 4,
     "MODEL.RESNETS.RES2_OUT_CHANNELS", 8,
     "MODEL.RESNETS.WIDTH_PER_GROUP", 2,
     "MODEL.RESNETS.STRIDE_IN_1X1", False,
-    "MODEL.RESNETS.RES5_MULTI_GRID", [1, 1, 1],
 ]  # fmt: skip
 HEAD = [
     "MODEL.DEVICE", "cpu",

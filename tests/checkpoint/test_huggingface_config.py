@@ -111,6 +111,17 @@ def test_ours_to_theirs_and_back(small_config):
             build_model(back.clone() if back.MODEL.DEVICE == "cpu" else _on_cpu(back))
 
 
+def test_networks_of_basic_blocks(small_config):
+    options = ["MODEL.RESNETS.DEPTH", 34, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "BN"]
+    theirs = to_hf_config(small_config("mask2former", "resnet", *options))
+    assert theirs["backbone_config"]["layer_type"] == "basic"
+    assert theirs["backbone_config"]["depths"] == [3, 4, 6, 3]
+    assert theirs["backbone_config"]["hidden_sizes"] == [64, 128, 256, 512]
+    cfg = from_hf_config(theirs)
+    assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS) == (34, 64)
+    assert to_hf_config(cfg)["backbone_config"] == theirs["backbone_config"]
+
+
 def _on_cpu(cfg):
     cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -248,7 +259,7 @@ def test_decoders_that_do_not_exist_here():
         ("mask2former", "swin", "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "BasePixelDecoder"),
         ("mask2former", "swin", "MODEL.SWIN.APE", True),
         ("mask2former", "swin", "MODEL.SEM_SEG_HEAD.NORM", "BN"),
-        ("mask2former", "resnet", "MODEL.RESNETS.STEM_TYPE", "deeplab"),
+        ("mask2former", "resnet", "MODEL.RESNETS.NUM_GROUPS", 32),
         ("mask2former", "resnet", "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
         ("mask2former", "resnet", "MODEL.RESNETS.NORM", "GN"),
         ("maskformer", "resnet", "MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone"),
