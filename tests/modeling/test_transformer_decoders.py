@@ -231,6 +231,17 @@ def test_gradient_does_not_flow_through_the_attention_mask(small_config, randomi
     assert isinstance(prediction["mask_logits"], MaskLogits)
 
 
+@pytest.mark.parametrize("dec_layers", [1, 2, 3, 4])
+def test_every_parameter_that_is_trained_gets_a_gradient(small_config, dec_layers):
+    """Also with fewer layers than levels: DistributedDataParallel stops at a parameter without a gradient."""
+    decoder = build_transformer_decoder(small_config("MODEL.MASK_FORMER.DEC_LAYERS", dec_layers), 24).double()
+    prediction = decoder(levels(24), torch.randn(2, 32, 19, 26, dtype=torch.float64))
+    (prediction["pred_logits"].sum() + prediction["pred_masks"].sum()).backward()
+    missing = [name for name, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.requires_grad for p in decoder.parameters()) == (dec_layers == 4)
+
+
 def test_old_query_name(small_config):
     decoder = build_transformer_decoder(small_config(), 32)
     wanted = torch.randn(10, 32)

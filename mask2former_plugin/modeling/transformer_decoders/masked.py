@@ -157,6 +157,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         )
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+        # what too few layers never read is frozen, as DistributedDataParallel waits for every gradient
+        for project in self.input_proj[dec_layers:]:
+            project.requires_grad_(False)
+        if dec_layers == 0:
+            self.query_embed.requires_grad_(False)
+            self.level_embed.requires_grad_(False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
