@@ -76,11 +76,14 @@ def test_errors_of_panoptic(panoptic_tree, tmp_path):
         run_script(PANOPTIC, panoptic_tree)
 
 
-# -------------------------------------------------------------------------------------------------------- COCO-Stuff 10k
+# ------------------------------------------------------------------------------------------------------- COCO-Stuff 10k
 
-LISTS = {"train": ["COCO_train2014_000000000077", "COCO_train2014_000000000194"], "test": ["COCO_train2014_000000000283"]}
-# values of the MATLAB files and labels: no label at all, unlabelled, COCO's id 1 (person), 182 (wood)
-VALUES = {0: 254, 1: 255, 2: 0, 183: 181}
+LISTS = {
+    "train": ["COCO_train2014_000000000077", "COCO_train2014_000000000194"],
+    "test": ["COCO_train2014_000000000283"],
+}
+# values of the MATLAB files and labels: unlabelled, the first class (person), another one, the last (wood)
+VALUES = {1: 255, 2: 0, 80: 78, 172: 170}
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def stuff_tree(tmp_path):
         for number, stem in enumerate(stems):
             save(base / f"images/{stem}.jpg", np.full((4, 6, 3), 40 * number))
             labels = np.resize(list(VALUES), 24).reshape(4, 6)
-            labels[0] = 2
+            labels[0] = 2  # not symmetric
             (base / "annotations").mkdir(exist_ok=True)
             with h5py.File(base / f"annotations/{stem}.mat", "w") as file:
                 file["S"] = labels.T.astype(np.uint16)  # MATLAB: columns first
@@ -126,6 +129,13 @@ def test_errors_of_stuff_10k(stuff_tree, tmp_path):
     with pytest.raises(SystemExit, match="(?s)images does not exist.*coco/coco_stuff_10k/.*imageLists"):
         run_script(STUFF_10K, tmp_path / "none")
     base = stuff_tree / "coco/coco_stuff_10k"
+    import h5py
+
+    for wrong in (0, 173):
+        with h5py.File(base / "annotations/COCO_train2014_000000000283.mat", "w") as file:
+            file["S"] = np.array([[2, wrong]])
+        with pytest.raises(SystemExit, match=rf"000000000283.mat has the labels .*{wrong}.* release 1.0 are 1 … 172"):
+            run_script(STUFF_10K, stuff_tree, "--splits", "test")
     (base / "annotations/COCO_train2014_000000000283.mat").write_bytes(b"MATLAB 5.0 MAT-file")
     with pytest.raises(SystemExit, match="000000000283.mat is no MATLAB 7.3 file with a label map S"):
         run_script(STUFF_10K, stuff_tree, "--splits", "test")

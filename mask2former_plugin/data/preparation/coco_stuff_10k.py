@@ -1,4 +1,4 @@
-"""COCO-Stuff 10k 1.0/1.1: images and label maps sorted into its train and test split."""
+"""COCO-Stuff 10k, release 1.0: images and label maps sorted into its train and test split."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ coco/coco_stuff_10k/
   annotations/*.mat
   imageLists/{train,test}.txt     names of images, one per line
 """
+CLASSES = 171
+UNLABELLED = 1
 
 
 def prepare_semantic(root: Path, splits: Sequence[str], options: Options) -> None:
     """``images`` and ``annotations`` to ``images_detectron2/{train,test}`` and ``annotations_detectron2/{train,test}``.
 
-    In the label maps are the classes of the MATLAB files - 2, so that 0 … 181 are COCO's ids from 1, and 1, which is
-    unlabelled, becomes 255.
+    In the MATLAB files 1 is unlabelled, which becomes 255, and 2 … 172 are the classes, which become 0 … 170.
     """
     _hdf5()
     base = root / "coco/coco_stuff_10k"
@@ -63,5 +64,10 @@ def _write_label_map(job: tuple[Path, Path]) -> None:
             labels = np.asarray(file["S"])
     except (OSError, KeyError) as error:
         raise ValueError(f"{source} is no MATLAB 7.3 file with a label map S: {error}") from error
-    # MATLAB stores columns first
-    files.write_image(path, (labels.T.astype(np.int64) - 2).astype(np.uint8))
+    if labels.min() < UNLABELLED or labels.max() > UNLABELLED + CLASSES:
+        raise ValueError(
+            f"{source} has the labels {labels.min()} … {labels.max()}; those of release 1.0 are {UNLABELLED} … "
+            f"{UNLABELLED + CLASSES}, and other releases number them differently"
+        )
+    # MATLAB stores columns first; in 8 bits, -1 is 255
+    files.write_image(path, (labels.T.astype(np.int64) - UNLABELLED - 1).astype(np.uint8))
