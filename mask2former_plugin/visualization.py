@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -125,6 +126,23 @@ def stack(rows: list[np.ndarray]) -> np.ndarray:
     """Pictures below one another, padded to equal width with white; RGB uint8."""
     width = max(row.shape[1] for row in rows)
     return np.vstack([np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows])
+
+
+def save_picture(path: str | Path, picture: np.ndarray) -> None:
+    """Write an RGB picture ``[H, W, 3]`` uint8; folders are made, the extension says the format.
+
+    Raises:
+        OSError: the file can't be written, or its extension names no format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # OpenCV gives False for some failures and an exception of its own for others
+    try:
+        written = cv2.imwrite(str(path), picture[:, :, ::-1])
+    except cv2.error as error:
+        raise OSError(f"{path} can't be written: {path.suffix or 'no extension'} is no picture format (take .png)") from error
+    if not written:
+        raise OSError(f"{path} can't be written")
 
 
 def compare(

@@ -15,7 +15,7 @@ from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
 from mask2former_plugin.data.synthetic import SyntheticOptions, generate
 from mask2former_plugin.engine import Trainer
-from mask2former_plugin.visualization import compare, draw_prediction, side_by_side, stack
+from mask2former_plugin.visualization import compare, draw_prediction, save_picture, side_by_side, stack
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -71,6 +71,53 @@ def test_missing_input_is_one_sentence(trained, source, message):
     _, config, opts = trained
     with pytest.raises(SystemExit, match=message):
         demo.main([*config, *source, *opts])
+
+
+def test_an_image_that_is_none_is_one_sentence(trained, tmp_path):
+    root, config, opts = trained
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(SystemExit, match="error: .*text.jpg"):
+        demo.main([*config, "--input", str(tmp_path / "text.jpg"), "--output", str(tmp_path / "out"), *opts])
+
+
+def test_a_name_with_pattern_characters_is_a_name(trained, tmp_path):
+    root, config, opts = trained
+    photo = tmp_path / "photo[1].jpg"
+    photo.write_bytes((root / "quickstart/val/000001.jpg").read_bytes())
+    demo.main([*config, "--input", str(photo), "--output", str(tmp_path / "out"), *opts])
+    assert (tmp_path / "out" / "photo[1].png").is_file()
+
+
+def test_equal_names_of_several_folders_do_not_overwrite_each_other(trained, tmp_path):
+    root, config, opts = trained
+    photos = [str(root / f"quickstart/{split}/000001.jpg") for split in ("train", "val")]
+    demo.main([*config, "--input", *photos, "--output", str(tmp_path / "out"), *opts])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000001.png", "000001_2.png"]
+
+
+def test_saved_pictures_are_rgb_and_failures_are_errors(tmp_path):
+    picture = np.zeros((2, 3, 3), dtype=np.uint8)
+    picture[..., 0] = 200
+    save_picture(tmp_path / "new" / "red.png", picture)
+    assert (cv2.imread(str(tmp_path / "new" / "red.png")) == (0, 0, 200)).all()
+    with pytest.raises(OSError, match="'?.xyz is no picture format"):
+        save_picture(tmp_path / "red.xyz", picture)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(OSError, match="folder.png can't be written"):
+        save_picture(tmp_path / "folder.png", picture)
+
+
+def test_an_output_that_is_no_picture_or_video_is_one_sentence(trained, tmp_path):
+    root, config, opts = trained
+    photo = str(root / "quickstart/val/000001.jpg")
+    with pytest.raises(SystemExit, match="error: .*one.xyz can't be written"):
+        demo.main([*config, "--input", photo, "--output", str(tmp_path / "one.xyz"), *opts])
+    clip = str(tmp_path / "clip.avi")
+    writer = cv2.VideoWriter(clip, cv2.VideoWriter_fourcc(*"MJPG"), 5.0, (64, 48))
+    writer.write(cv2.imread(photo))
+    writer.release()
+    with pytest.raises(SystemExit, match="error: the video .*out.mp4 can't be written"):
+        demo.main([*config, "--video-input", clip, "--output", str(tmp_path / "missing" / "out.mp4"), *opts])
 
 
 def test_missing_weights_are_one_sentence(trained):
