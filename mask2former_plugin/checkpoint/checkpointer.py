@@ -74,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
             classifier: refuse a random classifier, too.
 
         Raises:
-            CheckpointMismatchError: weights of other layers are still those of the initialisation; the text has the table by module.
+            CheckpointMismatchError: other weights are still those of the initialisation; the text has the table by module.
         """
         if classifier:
             random = self.random_weights
