@@ -1,11 +1,10 @@
-"""What the command lines in ``tools/`` share: parser, registered datasets, errors of one line."""
+"""What the command lines in ``tools/`` share: parser, registered datasets, printed numbers."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from detectron2.data import DatasetCatalog
 
@@ -17,15 +16,6 @@ from mask2former_plugin.data.names import unknown_name
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help shows the description, examples and all, as it is written."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Leave with "error: …" instead of a traceback for what the user can put right."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

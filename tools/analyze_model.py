@@ -19,10 +19,10 @@ from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from mask2former_plugin.analysis import UNITS, input_size, mean_counts, table
-from mask2former_plugin.command_line import new_parser, one_line_errors
+from mask2former_plugin.command_line import new_parser
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
-from mask2former_plugin.engine import check_config
+from mask2former_plugin.engine import check_config, user_errors
 
 FIXED_SIZE = (512, 512)  # where INPUT.CROP.SIZE is not in pixels
 
@@ -49,7 +49,7 @@ def main(arguments=None):
     args = parser.parse_intermixed_args(arguments)
     if args.num_inputs < 1:
         parser.error(f"--num-inputs must be at least 1, got {args.num_inputs}")
-    with one_line_errors():
+    with user_errors():
         cfg = load_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", ""])
         needs_data = not args.use_fixed_input_size and {"flop", "activation"} & set(args.tasks)
         if needs_data:

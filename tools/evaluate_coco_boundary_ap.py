@@ -8,7 +8,8 @@
 
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 
-from mask2former_plugin.command_line import add_dilation_argument, new_parser, one_line_errors, print_results
+from mask2former_plugin.command_line import add_dilation_argument, new_parser, print_results
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.evaluation.boundary import DEFAULT_DILATION_RATIO
 from mask2former_plugin.evaluation.boundary_ap import evaluate_files
 
@@ -20,7 +21,7 @@ def main(arguments=None):
     parser.add_argument("--iou-type", choices=("boundary", "segm"), default="boundary", help="default boundary")
     add_dilation_argument(parser, DEFAULT_DILATION_RATIO)
     args = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         ratio = args.dilation_ratio if args.iou_type == "boundary" else None
         results = evaluate_files(args.gt_json_file, args.dt_json_file, ratio)
     print_results(f"{args.iou_type} AP", results)

@@ -9,7 +9,8 @@
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 from tqdm import tqdm
 
-from mask2former_plugin.command_line import add_dilation_argument, new_parser, one_line_errors, print_results
+from mask2former_plugin.command_line import add_dilation_argument, new_parser, print_results
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.evaluation.boundary import DEFAULT_DILATION_RATIO
 from mask2former_plugin.evaluation.panoptic_evaluation import evaluate_files
 
@@ -26,7 +27,7 @@ def main(arguments=None):
     add_dilation_argument(parser, DEFAULT_DILATION_RATIO)
     parser.add_argument("--per-class", action="store_true", help="print the PQ of every class too")
     args = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         results = evaluate_files(
             args.gt_json_file,
             args.pred_json_file,

@@ -15,9 +15,9 @@ from mask2former_plugin.command_line import (
     add_dilation_argument,
     check_dataset,
     new_parser,
-    one_line_errors,
     print_results,
 )
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.evaluation.semantic_pq import evaluate_file
 
 
@@ -28,7 +28,7 @@ def main(arguments=None):
     add_dilation_argument(parser, default=None)
     parser.add_argument("--per-class", action="store_true", help="print PQ and IoU of every class too")
     args = parser.parse_args(arguments)
-    with one_line_errors():
+    with user_errors():
         results = evaluate_file(
             check_dataset(args), args.json_file, dilation_ratio=args.dilation_ratio, progress=tqdm
         )

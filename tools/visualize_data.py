@@ -14,10 +14,10 @@ import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
-from mask2former_plugin.command_line import new_parser, one_line_errors
+from mask2former_plugin.command_line import new_parser
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
-from mask2former_plugin.engine import Trainer, check_config
+from mask2former_plugin.engine import Trainer, check_config, user_errors
 from mask2former_plugin.visualization import draw_ground_truth, draw_sample
 
 
@@ -48,7 +48,7 @@ def main(arguments=None):
     parser.add_argument("opts", nargs="*", default=[], help="config overrides: KEY VALUE …")
     args = parser.parse_intermixed_args(arguments)
     paths = []
-    with one_line_errors():
+    with user_errors():
         cfg = load_config(args.config_file, ["DATALOADER.NUM_WORKERS", "0", *args.opts, "MODEL.WEIGHTS", ""])
         register_custom_datasets(cfg)
         check_config(cfg, training=True)

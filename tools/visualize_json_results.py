@@ -17,7 +17,8 @@ import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from mask2former_plugin.command_line import add_dataset_argument, check_dataset, new_parser, one_line_errors
+from mask2former_plugin.command_line import add_dataset_argument, check_dataset, new_parser
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.evaluation.predicted_outputs import predicted_outputs
 from mask2former_plugin.visualization import compare
 
@@ -33,7 +34,7 @@ def main(arguments=None):
     parser.add_argument("--scale", type=float, default=1.0, help="enlarges the pictures")
     args = parser.parse_args(arguments)
     paths = []
-    with one_line_errors():
+    with user_errors():
         name = check_dataset(args)
         metadata = MetadataCatalog.get(name)
         args.output_dir.mkdir(parents=True, exist_ok=True)
