@@ -183,8 +183,8 @@ class Predictor(DefaultPredictor):
         load_for_evaluation(self.model, cfg)
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Config of a run from the command line: read, checked, frozen; loggers and output folder ready.
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """Config of a run from the command line, checked and frozen, its own datasets registered.
 
     Raises:
         KeyError, ValueError, FileNotFoundError: what the config asks for can't be had; one sentence says what to change.
@@ -196,6 +196,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_config(cfg, training=not args.eval_only)
     check_dataset_files(cfg, training=not args.eval_only)
     cfg.freeze()
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """:func:`read_config`, and loggers and output folder are ready."""
+    cfg = read_config(args)
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former_plugin", abbrev_name="m2f")
     return cfg

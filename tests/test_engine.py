@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_missing_files_of_a_builtin_dataset_are_named(tmp_path):
     with pytest.raises(SystemExit, match="dataset 'coco_2017_train' in DATASETS.TRAIN: its .* does not exist.*DETECTRON2_DATASETS"):
         train_net.main(default_argument_parser().parse_args(words))
     assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_complain_once():
+    config_file = str(ROOT / "configs" / "quickstart" / "mask2former.yaml")
+    words = [str(ROOT / "tools" / "train_net.py"), "--config-file", config_file, "--num-gpus", "2", "SOLVER.MAX_ITR", "3"]
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("error: command line: unknown config key SOLVER.MAX_ITR, did you mean SOLVER.MAX_ITER?\n")
+    assert "Traceback" not in ended.stderr and ended.stderr.count("error:") == 1
 
 
 def test_a_config_file_is_needed():

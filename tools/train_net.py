@@ -12,7 +12,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from mask2former_plugin.checkpoint import CheckpointMismatchError
-from mask2former_plugin.engine import Trainer, load_for_evaluation, setup, user_errors
+from mask2former_plugin.engine import Trainer, load_for_evaluation, read_config, setup, user_errors
 from mask2former_plugin.serialization import CheckpointFileError
 
 LOADING_ERRORS = (CheckpointMismatchError, CheckpointFileError, FileNotFoundError)
@@ -39,6 +39,10 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
+    if arguments.num_gpus > 1:
+        # said once from here, instead of by every process and with a traceback of the one that waits for them
+        with user_errors():
+            read_config(arguments)
     launch(
         main,
         arguments.num_gpus,
