@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
 from fvcore.common.checkpoint import Checkpointer
@@ -156,6 +157,7 @@ def test_checkpoints_by_period_and_in_the_end(tmp_path):
 class FakeCheckpointer(Checkpointer):
     def __init__(self):
         self.saved = []
+        self.save_dir = ""
 
     def save(self, name, **kwargs):
         self.saved.append((name, kwargs["iteration"]))
@@ -200,6 +202,56 @@ def test_the_best_value_is_remembered_across_a_resume():
     state["hooks"]["BestCheckpointer"]["val_metric"] = "another"
     trainer.load_state_dict(state)
     assert keeper.best_metric is None
+
+
+@pytest.mark.embedded_only
+@pytest.mark.parametrize("values, saved", [([0.5, 0.3], 0.6), ([0.7, 0.3], 0.7)])
+def test_a_run_resumed_from_before_the_best_checkpoint_does_not_replace_it_by_a_worse_one(tmp_path, values, saved):
+    """The periodic checkpoint is written before the evaluation that makes the best one."""
+
+    class Periodic(DetectionCheckpointer):
+        def tag_last_checkpoint(self, last_filename_basename):
+            if last_filename_basename != "model_best.pth":
+                super().tag_last_checkpoint(last_filename_basename)
+
+    def trainer_with(values):
+        values = iter(values)
+        trainer = new_trainer()
+        checkpointer = Periodic(trainer.model, str(tmp_path), trainer=trainer)
+        keeper = hooks.BestCheckpointer(2, checkpointer, "task/metric")
+        evaluate = hooks.EvalHook(2, lambda: {"task": {"metric": next(values)}})
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, 2), evaluate, keeper, Stops(4)])
+        return trainer, checkpointer
+
+    trainer, _ = trainer_with([0.6, 0.4])
+    train_until_error(trainer, 8)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")  # written before the first evaluation
+
+    trainer, checkpointer = trainer_with(values)
+    checkpointer.resume_or_load("", resume=True)
+    with pytest.raises(KeyError, match="stop"):
+        trainer.train(trainer.iter + 1, 8)
+    best = torch.load(tmp_path / "model_best.pth")
+    assert best["best"] == best["trainer"]["hooks"]["BestCheckpointer"]
+    assert best["best"]["best_metric"] == saved
+
+    # a run that starts afresh compares with nothing
+    trainer, _ = trainer_with([0.1, 0.2])
+    train_until_error(trainer, 8)
+    assert torch.load(tmp_path / "model_best.pth")["best"]["best_metric"] == 0.2
+
+
+@pytest.mark.embedded_only
+def test_a_damaged_best_checkpoint_is_replaced(tmp_path, caplog):
+    (tmp_path / "model_best.pth").write_bytes(b"PK\x03\x04 cut off")
+    trainer = new_trainer()
+    checkpointer = DetectionCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
+    keeper = hooks.BestCheckpointer(2, checkpointer, "task/metric")
+    trainer.register_hooks([hooks.EvalHook(2, lambda: {"task": {"metric": 0.5}}), keeper])
+    with caplog.at_level("WARNING", logger="detectron2.engine.hooks"):
+        trainer.train(2, 4)
+    assert "model_best.pth" in caplog.text
+    assert torch.load(tmp_path / "model_best.pth")["best"]["best_metric"] == 0.5
 
 
 @pytest.mark.embedded_only

@@ -185,7 +185,8 @@ class PeriodicCheckpointer(CheckpointSchedule, HookBase):
 class BestCheckpointer(HookBase):
     """Saves a checkpoint whenever a metric is better than ever before. Register it after the hook that evaluates.
 
-    The best value is part of the trainer's state, so a resumed run goes on comparing with it.
+    A resumed run goes on comparing with the best value: it is part of the trainer's state, and, as the state that a run
+    resumes from may be older than the best checkpoint, of the best checkpoint itself.
 
     Args:
         eval_period: how often the metric is computed; 0 means after the training only.
@@ -212,6 +213,26 @@ class BestCheckpointer(HookBase):
         self.best_metric: float | None = None
         self.best_iter: int | None = None
 
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and self._checkpointer.save_dir:
+            self._compare_with_file(os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth"))
+
+    def _compare_with_file(self, path: str) -> None:
+        """Take over the best value of the checkpoint that is there, if it is better than the one of the trainer's state."""
+        from mask2former_plugin.serialization import CheckpointFileError, load_checkpoint_file
+
+        if not PathManager.isfile(path):
+            return
+        try:
+            stored = load_checkpoint_file(PathManager.get_local_path(path)).get("best", {})
+        except CheckpointFileError as error:
+            logger.warning("The best checkpoint so far can't be read, it will be replaced: %s", error)
+            return
+        if stored.get("val_metric") != self._val_metric:
+            return
+        if self.best_metric is None or self._is_better(stored["best_metric"], self.best_metric):
+            self.best_metric, self.best_iter = stored["best_metric"], stored["best_iter"]
+
     def _check(self) -> None:
         latest = self.trainer.storage.latest().get(self._val_metric)
         if latest is None:
@@ -232,7 +253,7 @@ class BestCheckpointer(HookBase):
             return
         # Before saving: the checkpoint then knows its own metric.
         self.best_metric, self.best_iter = value, iteration
-        self._checkpointer.save(self._file_prefix, iteration=iteration)
+        self._checkpointer.save(self._file_prefix, iteration=iteration, best=self.state_dict())
         logger.info("Best %s so far: %.5f, saved as %s", self._val_metric, value, self._file_prefix)
 
     def after_step(self) -> None:
