@@ -169,7 +169,9 @@ class _StepMetrics:
         self.prefix = prefix
         self._copied: torch.cuda.Event | None = None
         with torch.no_grad():
-            stacked = torch.stack([loss.detach().float().reshape(()) for loss in losses.values()])
+            # One that a model has made on the CPU, a constant for one, goes where the others are.
+            device = next((loss.device for loss in losses.values() if loss.device.type != "cpu"), None)
+            stacked = torch.stack([loss.detach().to(device, torch.float32).reshape(()) for loss in losses.values()])
         if stacked.is_cuda:
             self._values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             self._values.copy_(stacked, non_blocking=True)
