@@ -352,3 +352,25 @@ def test_left_out_evaluators_say_so(name):
 
     with pytest.raises(NotImplementedError, match=f"{name}.*install"):
         getattr(detectron2.evaluation, name)("some_dataset")
+
+
+def test_evaluating_again_gives_the_same(dataset):
+    name, _, annotations, rng = dataset
+    evaluator = COCOEvaluator(name, distributed=False)
+    first = run(evaluator, random_predictions(annotations, rng))
+    assert first["segm"]["AP"] > 0
+    np.testing.assert_equal(dict(evaluator.evaluate()), dict(first))
+
+
+def test_a_panoptic_dataset_without_instance_file_is_converted(tmp_path):
+    name = "coco_evaluator_no_instances"
+    box = {"bbox": [0, 0, 20, 30], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "1.jpg", "height": HEIGHT, "width": WIDTH, "image_id": 1, "annotations": [box]}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(json_file=None, thing_classes=["dog"])
+    evaluator = COCOEvaluator(name, distributed=False, output_dir=str(tmp_path))
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[:30, :20] = True
+    instances = as_instances([mask], [0], [0.9])
+    instances.remove("pred_masks")
+    assert run(evaluator, {1: instances})["bbox"]["AP"] == pytest.approx(100)

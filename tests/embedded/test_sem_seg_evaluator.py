@@ -234,3 +234,18 @@ def test_run_length_codes_of_several_masks_at_once():
     for index, mask in enumerate(masks):
         flat = np.concatenate(([0], mask.numpy().T.ravel().astype(int)))
         assert (ends[owner == index] == np.flatnonzero(np.diff(flat))).all()
+
+
+def test_evaluating_again_gives_the_same(dataset, monkeypatch):
+    """Also with several processes, whose counts are added."""
+    from detectron2.evaluation import sem_seg_evaluation
+
+    monkeypatch.setattr(sem_seg_evaluation, "gather", lambda own: [own, own])
+    name, records, _, predictions = dataset
+    evaluator = SemSegEvaluator(name)
+    for record, prediction in zip(records, predictions):
+        evaluator.process([record], [{"sem_seg": torch.from_numpy(prediction)}])
+    counts = evaluator._conf_matrix.copy()
+    first = evaluator.evaluate()
+    np.testing.assert_equal(dict(evaluator.evaluate()["sem_seg"]), dict(first["sem_seg"]))
+    assert (evaluator._conf_matrix == counts).all()

@@ -82,7 +82,8 @@ class COCOEvaluator(DatasetEvaluator):
         self._tasks = tasks
         self._cpu_device = torch.device("cpu")
         self._metadata = MetadataCatalog.get(dataset_name)
-        if self._metadata.get("json_file") is None:
+        path = self._metadata.get("json_file")
+        if path is None:
             if output_dir is None:
                 raise ValueError(
                     f"dataset {dataset_name!r} has no json_file in its metadata; give COCOEvaluator an output_dir "
@@ -91,8 +92,9 @@ class COCOEvaluator(DatasetEvaluator):
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
             logger.info(f"{dataset_name!r} has no json_file; converting it to COCO format in {path!r}")
             convert_to_coco_json(dataset_name, path, allow_cached=allow_cached_coco)
-            self._metadata.json_file = path
-        path = PathManager.get_local_path(self._metadata.json_file)
+            if "json_file" not in self._metadata.as_dict():  # a panoptic dataset without instances has None there
+                self._metadata.json_file = path
+        path = PathManager.get_local_path(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"json_file of dataset {dataset_name!r} doesn't exist: {path!r}")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -150,7 +152,7 @@ class COCOEvaluator(DatasetEvaluator):
         """Evaluate gathered predictions and put the numbers into ``_results``."""
         coco_results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
         tasks = self._tasks or self._tasks_from_predictions(coco_results)
-        self._to_dataset_category_ids(coco_results)
+        coco_results = self._with_dataset_category_ids(coco_results)
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             logger.info(f"Saving results to {path}")
@@ -174,21 +176,20 @@ class COCOEvaluator(DatasetEvaluator):
             class_names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(coco_eval, task, class_names=class_names)
 
-    def _to_dataset_category_ids(self, coco_results: list[dict]) -> None:
-        """Replace the contiguous class of each result by the data set's category id, in place."""
+    def _with_dataset_category_ids(self, coco_results: list[dict]) -> list[dict]:
+        """Copies of the results with the data set's category ids in place of the contiguous classes."""
         to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if to_contiguous is None:
-            return
+            return coco_results
         to_dataset = {contiguous: dataset for dataset, contiguous in to_contiguous.items()}
-        for result in coco_results:
-            category = result["category_id"]
+        for category in {result["category_id"] for result in coco_results}:
             if category not in to_dataset:
                 # The type that upstream raises; its callers catch it.
                 raise AssertionError(
                     f"a prediction has class {category}, but the thing classes of dataset {self._metadata.name!r} are "
                     f"{min(to_dataset)}..{max(to_dataset)}; check the number of classes in the config"
                 )
-            result["category_id"] = to_dataset[category]
+        return [{**result, "category_id": to_dataset[result["category_id"]]} for result in coco_results]
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None

@@ -66,10 +66,10 @@ class LVISEvaluator(COCOEvaluator):
         results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
         tasks = self._tasks or self._tasks_from_predictions(results)
         if self._metadata.get("thing_dataset_id_to_contiguous_id") is None:
-            for result in results:
-                result["category_id"] += 1  # LVIS' ids are contiguous and count from 1
+            # LVIS' ids are contiguous and count from 1
+            results = [{**result, "category_id": result["category_id"] + 1} for result in results]
         else:
-            self._to_dataset_category_ids(results)
+            results = self._with_dataset_category_ids(results)
         if self._output_dir:
             path = os.path.join(self._output_dir, "lvis_instances_results.json")
             logger.info(f"Saving results to {path}")

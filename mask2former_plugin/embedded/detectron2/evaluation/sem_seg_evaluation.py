@@ -140,16 +140,14 @@ class SemSegEvaluator(DatasetEvaluator):
 
     def evaluate(self) -> OrderedDict | None:
         """Return ``{"sem_seg": {metric: percent}}``; None on processes other than the main one."""
-        predictions = self._predictions
+        parts = [(self._conf_matrix, self._boundary_counts, self._predictions)]
         if self._distributed:
             synchronize()
-            parts = gather((self._conf_matrix, self._boundary_counts, predictions))
+            parts = gather(parts[0])
             if not is_main_process():
                 return None
-            self._conf_matrix = sum(part[0] for part in parts)
-            self._boundary_counts = sum(part[1] for part in parts)
-            predictions = list(itertools.chain.from_iterable(part[2] for part in parts))
-        metrics = self._metrics()
+        metrics = self._metrics(sum(part[0] for part in parts), sum(part[1] for part in parts))
+        predictions = list(itertools.chain.from_iterable(part[2] for part in parts))
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "sem_seg_predictions.json"), "w") as file:
@@ -159,13 +157,13 @@ class SemSegEvaluator(DatasetEvaluator):
         self._log(metrics)
         return OrderedDict(sem_seg=metrics)
 
-    def _metrics(self) -> dict[str, float]:
-        matrix = self._conf_matrix[:-1, :-1].astype(np.float64)
+    def _metrics(self, conf_matrix: np.ndarray, boundary_counts: np.ndarray) -> dict[str, float]:
+        matrix = conf_matrix[:-1, :-1].astype(np.float64)
         correct, truth, predicted = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
         occurs = truth > 0
         accuracy = _ratio(correct, truth, occurs)
         iou = _ratio(correct, truth + predicted - correct, occurs)
-        both, predicted_boundary, true_boundary = self._boundary_counts
+        both, predicted_boundary, true_boundary = boundary_counts
         boundary_iou = _ratio(both, predicted_boundary + true_boundary - both, occurs)
         total = truth.sum()
         metrics = {
