@@ -267,6 +267,22 @@ def test_load_errors(tmp_path):
     torch.save({"model": {}, "cfg": nn.Linear(1, 1)}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match=r"code\.pth refers to torch\.nn\.modules\.linear\.Linear"):
         checkpointer.load(str(tmp_path / "code.pth"))
+    torch.save({"state_dict": Model().state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is no checkpoint of Detectron2: its entry 'state_dict' is a Ordered"):
+        checkpointer.load(str(tmp_path / "other.pth"))
+    for name, content in (("e.pth", {"model": {}}), ("e.pkl", {"blobs": {"iteration": 3}})):
+        (torch.save if name == "e.pth" else lambda c, path: path.write_bytes(pickle.dumps(c)))(content, tmp_path / name)
+        with pytest.raises(ValueError, match="holds no weights"):
+            checkpointer.load(str(tmp_path / name))
+
+
+def test_pickle_of_a_model_without_author(tmp_path):
+    """It is no file of Caffe2, whose weights lie at the top or under 'blobs'."""
+    source, model = Model(), Model()
+    weights = {name: value.numpy() for name, value in source.state_dict().items()}
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": weights}))
+    DetectionCheckpointer(model).load(str(tmp_path / "plain.pkl"))
+    assert same(source, model)
 
 
 # ---- matching of names ----

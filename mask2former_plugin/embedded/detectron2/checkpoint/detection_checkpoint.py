@@ -188,7 +188,7 @@ class DetectionCheckpointer(Checkpointer):
             state = loaded["model_state"]
             weights = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
             loaded = {"model": weights, "__author__": "pycls", _HEURISTICS: True}
-        elif filename.endswith(".pkl") and not ("model" in loaded and "__author__" in loaded):  # Caffe2
+        elif filename.endswith(".pkl") and "model" not in loaded:  # Caffe2
             blobs = loaded.get("blobs", loaded)
             weights = {k: v for k, v in blobs.items() if isinstance(v, np.ndarray) and not k.endswith("_momentum")}
             loaded = {"model": weights, "__author__": "Caffe2", _HEURISTICS: True}
@@ -197,6 +197,14 @@ class DetectionCheckpointer(Checkpointer):
         if not isinstance(loaded["model"], dict):
             kind = type(loaded["model"]).__name__
             raise ValueError(f"{filename}: its entry 'model' is a {kind}, not a dictionary of weights")
+        if not loaded["model"] and self.model.state_dict():
+            raise ValueError(f"{filename} holds no weights")
+        for name, value in loaded["model"].items():
+            if not isinstance(value, (torch.Tensor, np.ndarray)):
+                raise ValueError(
+                    f"{filename} is no checkpoint of Detectron2: its entry {name!r} is a {type(value).__name__}, not a "
+                    "tensor; the weights must be the entry 'model', or the file hold nothing else"
+                )
         if self._use_heuristics:
             loaded[_HEURISTICS] = True
         return loaded
