@@ -114,9 +114,12 @@ def test_coco_errors_name_file_and_id(coco_file, tmp_path):
         (annotation(ignore=1), "Annotation 11.*'ignore'"),
         (annotation(bbox=[]), "Annotation 11.*box"),
         (annotation() * 2, "instances.json has several annotations with the id 11"),
+        ([{"id": 11, "bbox": [0, 0, 1, 1]}], "instances.json: the annotation with the id 11 has no image_id, category_id"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_coco_json(coco_file(annotations=changes), str(tmp_path))
+    with pytest.raises(ValueError, match="instances.json: the image with the id 4 has no height, width"):
+        load_coco_json(coco_file(images=[{"id": 4, "file_name": "4.jpg"}]), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nowhere.json.*DETECTRON2_DATASETS"):
         load_coco_json(str(tmp_path / "nowhere.json"), str(tmp_path))
     with pytest.raises(FileNotFoundError, match="image folder .*nowhere .*DETECTRON2_DATASETS"):
@@ -458,6 +461,12 @@ def test_builtin_metadata_of_panoptic_coco():
 def test_builtin_names(name, evaluator_type):
     assert name in DatasetCatalog
     assert MetadataCatalog.get(name).evaluator_type == evaluator_type
+
+
+def test_old_place_of_the_registration():
+    from detectron2.data.datasets import register_coco
+
+    assert register_coco.register_coco_instances is register_coco_instances
 
 
 @pytest.mark.embedded_only

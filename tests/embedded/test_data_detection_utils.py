@@ -335,6 +335,23 @@ def test_mapper_recomputes_boxes_after_crops(record):
         assert instances.gt_boxes.tensor[0].tolist() == [float(x) for x in expected]
 
 
+def test_subclasses_of_the_mapper_replace_what_is_done_with_annotations(record):
+    """By the hook and the attributes that upstream's mapper has."""
+
+    class Boxes(DatasetMapper):
+        def _transform_annotations(self, dataset_dict, transforms, image_shape):
+            assert not self.use_keypoint and self.keypoint_hflip_indices is None and self.proposal_topk is None
+            annotations = dataset_dict.pop("annotations")
+            dataset_dict["boxes"] = [
+                utils.transform_instance_annotations(a, transforms, image_shape)["bbox"].tolist() for a in annotations
+            ]
+
+    out = Boxes(True, augmentations=[T.RandomFlip(1.0)], image_format="RGB")(record)
+    assert out["boxes"][0] == [2, 2, 38, 25] and len(out["boxes"]) == len(record["annotations"])
+    assert "instances" not in out and "annotations" not in out
+    assert "boxes" not in Boxes(False, augmentations=[], image_format="RGB")(record)
+
+
 @pytest.mark.embedded_only
 def test_mapper_names_files_of_other_sizes(record, tmp_path):
     mapper = DatasetMapper(

@@ -64,6 +64,10 @@ class DatasetMapper:
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.use_instance_mask = use_instance_mask
+        # Constant here; the code of subclasses, which is often a copy of upstream's, reads them.
+        self.use_keypoint = use_keypoint
+        self.keypoint_hflip_indices = keypoint_hflip_indices
+        self.proposal_topk = precomputed_proposal_topk
         self.instance_mask_format = instance_mask_format
         self.recompute_boxes = recompute_boxes
         logger.info("Augmentations in %s: %s", "training" if is_train else "inference", self.augmentations)
@@ -97,7 +101,6 @@ class DatasetMapper:
         image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
         utils.check_image_size(dataset_dict, image)
         label_file = dataset_dict.pop("sem_seg_file_name", None)
-        annotations = dataset_dict.pop("annotations", None)
         labels = None
         if self.is_train and label_file is not None:
             labels = utils.read_label_map(label_file)
@@ -106,8 +109,8 @@ class DatasetMapper:
                     f"Label file {os.fspath(label_file)} is {labels.shape[1]}x{labels.shape[0]} (width x height), but "
                     f"its image {os.fspath(dataset_dict['file_name'])} is {image.shape[1]}x{image.shape[0]}"
                 )
-        if self.is_train and annotations is not None:
-            _check_rle_sizes(annotations, dataset_dict)
+        if self.is_train and "annotations" in dataset_dict:
+            _check_rle_sizes(dataset_dict["annotations"], dataset_dict)
 
         aug_input = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(aug_input)
@@ -116,21 +119,32 @@ class DatasetMapper:
         dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(planes))
         if labels is not None:
             dataset_dict["sem_seg"] = torch.as_tensor(aug_input.sem_seg.astype(np.int64))
-        if self.is_train and annotations is not None:
-            dataset_dict["instances"] = self._make_instances(annotations, transforms, image.shape[:2])
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
         return dataset_dict
 
-    def _make_instances(self, annotations: list[dict], transforms: T.Transform, image_size: tuple[int, int]):
-        annotations = [a for a in annotations if a.get("iscrowd", 0) == 0]
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        """Replace ``annotations`` in the dict by ``instances``; subclasses with other annotations override this.
+
+        Args:
+            dataset_dict: in the process of being mapped; changed in place.
+            transforms: those of the image.
+            image_shape: (height, width) after the transforms.
+        """
+        annotations = [a for a in dataset_dict.pop("annotations") if a.get("iscrowd", 0) == 0]
         for annotation in annotations:
             annotation.pop("keypoints", None)
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
-            utils.transform_instance_annotations(annotation, transforms, image_size)
-        instances = utils.annotations_to_instances(annotations, image_size, mask_format=self.instance_mask_format)
+            utils.transform_instance_annotations(annotation, transforms, image_shape)
+        instances = utils.annotations_to_instances(annotations, image_shape, mask_format=self.instance_mask_format)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        return utils.filter_empty_instances(instances)
+        dataset_dict["instances"] = utils.filter_empty_instances(instances)
 
 
 def _check_rle_sizes(annotations: list[dict], dataset_dict: dict) -> None:

@@ -68,11 +68,14 @@ def load_coco_json(
     annotations = content.get("annotations", [])
     _check_annotation_ids(annotations, json_file)
     for annotation in annotations:
+        _require_keys(annotation, ("image_id", "category_id"), "annotation", json_file)
         annotations_of[annotation["image_id"]].append(annotation)
 
     keys = ["iscrowd", "bbox", "category_id", *(extra_annotation_keys or ())]
     dataset_dicts = []
     n_invalid = 0
+    for image in content["images"]:
+        _require_keys(image, ("id", "file_name", "height", "width"), "image", json_file)
     for image in sorted(content["images"], key=lambda image: image["id"]):
         objects = []
         for annotation in annotations_of.pop(image["id"], []):
@@ -99,6 +102,12 @@ def load_coco_json(
         )  # fmt: skip
     logger.info("Loaded %d images in COCO format from %s", len(dataset_dicts), json_file)
     return dataset_dicts
+
+
+def _require_keys(entry: dict, keys: Sequence[str], kind: str, json_file: str) -> None:
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ValueError(f"{json_file}: the {kind} with the id {entry.get('id', '(none)')} has no {', '.join(missing)}")
 
 
 def _set_thing_metadata(dataset_name: str, categories: list[dict]) -> dict[int, int]:
