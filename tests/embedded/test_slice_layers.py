@@ -199,8 +199,12 @@ def test_shared_statistics_equal_those_of_the_whole_batch(tmp_path):
             assert torch.equal(first["state"][key], second["state"][key])
 
 
+@pytest.mark.parametrize("in_group", [False, pytest.param(True, marks=pytest.mark.embedded_only)])
 @pytest.mark.parametrize("name", ["SyncBN", "naiveSyncBN"])
-def test_one_process_needs_no_sharing(name):
+def test_one_process_needs_no_sharing(name, in_group, tmp_path, request):
+    if in_group:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        request.addfinalizer(dist.destroy_process_group)
     x, weight = _full_batch()
     got, expected = _run_norm(_make_norm(name), x, weight), _run_norm(_make_norm("BN"), x, weight)
     torch.testing.assert_close(got["out"], expected["out"])
@@ -283,5 +287,7 @@ def test_left_out_layers_say_how_to_get_them():
         DeformConv(3, 4, 3)
     with pytest.raises(NotImplementedError, match="detectron2.layers.ROIAlign.*install upstream"):
         layers.ROIAlign
+    with pytest.raises(ImportError, match="detectron2.layers.batched_nms.*install upstream"):  # optional imports work
+        from detectron2.layers import batched_nms  # noqa: F401
     with pytest.raises(AttributeError, match="no attribute 'Typo'"):
         layers.Typo

@@ -397,6 +397,7 @@ def test_polygon_masks_beyond_upstream():
     assert masks.get_bounding_boxes().tensor[1].tolist() == [0, 0, 0, 0]
     assert len(masks[np.array([True, False])]) == 1 and len(masks[np.int64(1)]) == 1
     assert len(masks[[]]) == 0
+    assert len(BitMasks(torch.ones(3, 4, 4))[np.int64(1)]) == len(Boxes(torch.ones(3, 4))[np.int64(1)]) == 1
 
 
 @pytest.mark.parametrize(

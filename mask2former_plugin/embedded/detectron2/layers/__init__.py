@@ -1,6 +1,6 @@
 """Layers and small tensor functions."""
 
-from typing import Any
+from typing import NoReturn
 
 from detectron2.layers.aspp import ASPP
 from detectron2.layers.batch_norm import FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
@@ -19,7 +19,7 @@ from detectron2.layers.wrappers import (
     nonzero_tuple,
     shapes_to_tensor,
 )
-from detectron2.utils.missing import needs_upstream
+from detectron2.utils.missing import missing_name
 
 __all__ = [
     "ASPP",
@@ -59,7 +59,5 @@ _UPSTREAM_ONLY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _UPSTREAM_ONLY:
-        needs_upstream(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> NoReturn:
+    missing_name(__name__, _UPSTREAM_ONLY, name)

@@ -131,7 +131,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """``torch.nn.SyncBatchNorm`` that also works for workers on CPUs."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training and input.device.type == "cpu" and _world_size() > 1:
+        # Also for a group of one worker, on whose CPU torch's own refuses to work.
+        if self.training and input.device.type == "cpu" and dist.is_available() and dist.is_initialized():
             return _shared_batch_norm(self, input)
         return super().forward(input)
 

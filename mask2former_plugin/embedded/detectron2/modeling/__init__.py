@@ -1,6 +1,6 @@
 """Models: registries, ResNet backbones, the per-pixel semantic segmentor."""
 
-from typing import Any
+from typing import NoReturn
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import (
@@ -21,7 +21,7 @@ from detectron2.modeling.meta_arch import (
     build_sem_seg_head,
 )
 from detectron2.modeling.test_time_augmentation import DatasetMapperTTA
-from detectron2.utils.missing import needs_upstream
+from detectron2.utils.missing import missing_name
 
 __all__ = [
     "BACKBONE_REGISTRY",
@@ -68,7 +68,5 @@ _UPSTREAM_ONLY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _UPSTREAM_ONLY:
-        needs_upstream(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> NoReturn:
+    missing_name(__name__, _UPSTREAM_ONLY, name)

@@ -139,7 +139,7 @@ class Boxes:
     @torch.jit.unused
     def __getitem__(self, item: Any) -> "Boxes":
         """Boxes chosen by an int (giving one box), slice, list, mask or index tensor."""
-        if isinstance(item, int):
+        if isinstance(item, (int, np.integer)):
             return Boxes(self.tensor[item].view(1, 4))
         chosen = self.tensor[item]
         assert chosen.dim() == 2, f"indexing {len(self)} boxes with {item} does not give a list of boxes"

@@ -53,7 +53,7 @@ class BitMasks:
 
     def __getitem__(self, item: int | slice | list | np.ndarray | torch.Tensor) -> BitMasks:
         """Masks chosen by an int (giving one mask), slice, list, mask or index tensor."""
-        if isinstance(item, int):
+        if isinstance(item, (int, np.integer)):
             return BitMasks(self.tensor[item].unsqueeze(0))
         chosen = self.tensor[item]
         assert chosen.dim() == 3, (
