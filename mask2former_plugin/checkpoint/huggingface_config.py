@@ -98,10 +98,11 @@ _DETR_DEFAULTS = {"activation_function": "relu", "auxiliary_loss": False, "decod
 
 # datasets of the published checkpoints, by the number of classes: for training, for testing, tasks
 _PUBLISHED = {
-    133: ("coco_2017_train_panoptic", "coco_2017_val_panoptic", ("SEMANTIC", "INSTANCE", "PANOPTIC")),
+    133: ("coco_2017_train_panoptic", "coco_2017_val_panoptic_with_sem_seg", ("SEMANTIC", "INSTANCE", "PANOPTIC")),
     80: ("coco_2017_train", "coco_2017_val", ("INSTANCE",)),
     150: ("ade20k_sem_seg_train", "ade20k_sem_seg_val", ("SEMANTIC",)),
     847: ("ade20k_full_sem_seg_train", "ade20k_full_sem_seg_val", ("SEMANTIC",)),
+    100: ("ade20k_instance_train", "ade20k_instance_val", ("INSTANCE",)),
     171: ("coco_2017_train_stuff_10k_sem_seg", "coco_2017_test_stuff_10k_sem_seg", ("SEMANTIC",)),
     19: ("cityscapes_fine_sem_seg_train", "cityscapes_fine_sem_seg_val", ("SEMANTIC",)),
     8: ("cityscapes_fine_instance_seg_train", "cityscapes_fine_instance_seg_val", ("INSTANCE",)),
@@ -172,6 +173,8 @@ def from_hf_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
     _read_classes(class_names(config), cfg)
     if preprocessor is not None:
         _read_preprocessor(preprocessor, cfg)
+        if "ignore_value" not in config and preprocessor.get("ignore_index") is not None:
+            cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = preprocessor["ignore_index"]
     return cfg
 
 
@@ -228,6 +231,7 @@ def _read_backbone(values: Mapping[str, Any] | None, cfg: CfgNode) -> None:
             "Hugging Face config: there is no backbone_config; save the model again with a recent transformers"
         )
     where = "backbone_config."
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     kind = values.get("model_type")
     if list(values.get("out_features") or _STAGES) != _STAGES:
         raise ValueError(
@@ -258,9 +262,10 @@ def _read_resnet(values: Mapping[str, Any], cfg: CfgNode, where: str) -> None:
             f"{widths}; Detectron2 has the depths {sorted(_RESNETS)} and widths that double"
         )
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
     node = cfg.MODEL.RESNETS
     node.DEPTH = depths[0]
+    node.STEM_TYPE = "basic"
+    node.RES5_MULTI_GRID = [1, 1, 1]
     node.STEM_OUT_CHANNELS = values["embedding_size"]
     node.RES2_OUT_CHANNELS = widths[0]
     if shape[0] == "bottleneck":
@@ -402,12 +407,15 @@ def _write_maskformer(cfg: CfgNode) -> dict[str, Any]:
     _check(cfg, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5")
     _check(cfg, "MODEL.MASK_FORMER.ENC_LAYERS", 0)
     _check(cfg, "MODEL.MASK_FORMER.PRE_NORM", False)
-    _check(cfg, "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ", False)
+    backbone = _write_backbone(cfg)
+    channels = 8 * backbone["embed_dim"] if "embed_dim" in backbone else backbone["hidden_sizes"][-1]
+    if channels == cfg.MODEL.MASK_FORMER.HIDDEN_DIM:  # else both sides have a projection anyway
+        _check(cfg, "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ", False)
     decoder = {"model_type": "detr", **_DETR_DEFAULTS, **{theirs: _get(cfg, ours) for theirs, ours in _DETR_KEYS}}
     return {
         "model_type": MASKFORMER,
         "architectures": ["MaskFormerForInstanceSegmentation"],
-        "backbone_config": _write_backbone(cfg),
+        "backbone_config": backbone,
         "decoder_config": decoder,
         **{theirs: _get(cfg, ours) for theirs, ours in _MASKFORMER_KEYS},
     }
@@ -452,6 +460,9 @@ def to_hf_preprocessor(cfg: CfgNode) -> dict[str, Any]:
     """
     _check(cfg, "INPUT.FORMAT", "RGB")
     masked = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME == MASKED_DECODER
+    divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+    if divisor < 0:  # that of the backbone
+        divisor = 32 if cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer" else 1
     size = {"shortest_edge": cfg.INPUT.MIN_SIZE_TEST}
     if cfg.INPUT.MAX_SIZE_TEST < _NO_LIMIT:
         size["longest_edge"] = cfg.INPUT.MAX_SIZE_TEST
@@ -459,7 +470,7 @@ def to_hf_preprocessor(cfg: CfgNode) -> dict[str, Any]:
         "image_processor_type": "Mask2FormerImageProcessor" if masked else "MaskFormerImageProcessor",
         "do_resize": cfg.INPUT.MIN_SIZE_TEST > 0,
         **({"size": size} if cfg.INPUT.MIN_SIZE_TEST > 0 else {}),
-        "size_divisor": max(cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY, 1),
+        "size_divisor": max(divisor, 1),
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
