@@ -36,7 +36,7 @@ setup(
         "shapely",
     ],
     extras_require={
-        "test": ["pytest", "transformers", "h5py"],
+        "test": ["pytest", "transformers", "h5py", "cityscapesscripts"],
         "datasets": ["h5py"],
         "cityscapes": ["cityscapesscripts"],
     },
