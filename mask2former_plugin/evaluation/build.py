@@ -17,6 +17,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils.file_io import PathManager
 
 from mask2former_plugin.evaluation.boundary_ap import BoundaryCOCOEvaluator, BoundaryInstanceSegEvaluator
 from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
@@ -130,7 +131,12 @@ def _warn_no_boundary(cfg: CfgNode, dataset_name: str) -> None:
 
 
 def _has(metadata: Metadata, key: str, metric: str) -> bool:
-    if metadata.get(key):
+    path = metadata.get(key)
+    if path and not PathManager.exists(path):
+        raise FileNotFoundError(
+            f"dataset {metadata.name!r}: its {key} {path}, needed for {metric}, does not exist; datasets/README.md says how it is made"
+        )
+    if path:
         return True
     logger.info("No %s for %s: its metadata has no %s", metric, metadata.name, key)
     return False

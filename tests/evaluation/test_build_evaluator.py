@@ -112,3 +112,9 @@ def test_unknown_evaluator_type_is_explained(dataset):
 def test_nothing_switched_on_is_explained(dataset):
     with pytest.raises(ValueError, match="nothing to evaluate on 'tiny_panoptic'.*SEMANTIC_ON"):
         build_evaluator(load_config(opts=tasks(False, False, False)), dataset[0])
+
+
+def test_missing_ground_truth_is_named(dataset):
+    vars(MetadataCatalog.get(dataset[0])).update(json_file="nowhere/instances.json")
+    with pytest.raises(FileNotFoundError, match="'tiny_panoptic': its json_file nowhere/instances.json, needed for AP"):
+        build_evaluator(load_config(opts=tasks(False, True, False)), dataset[0])
