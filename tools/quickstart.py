@@ -32,24 +32,32 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def prepare_output(folder: Path, args, cfg) -> None:
-    """Keep runs apart: an existing one is resumed or deleted on request only, and resumed only with the same config."""
+def prepare_output(folder: Path, args, cfg, dataset: str) -> None:
+    """Keep runs apart: an existing one is resumed or deleted on request only, and resumed only with the same config and dataset.
+
+    Args:
+        dataset: says what the training images are; a copy of it marks the folder as a quickstart run.
+    """
+    from mask2former_plugin.config import differing_keys, load_config
+    from mask2former_plugin.data.synthetic import MANIFEST
+
     if not folder.is_dir() or not any(folder.iterdir()):
         if args.resume:
             sys.exit(f"error: nothing to resume in {folder}")
-        return
-    if not (folder / "config.yaml").is_file():
+    elif not (folder / MANIFEST).is_file():
         sys.exit(f"error: {folder} holds files that are no quickstart run; choose another --output")
-    if args.fresh:
+    elif args.fresh:
         shutil.rmtree(folder)
     elif not args.resume:
         sys.exit(f"error: {folder} holds an earlier run; add --resume to go on with it, or --fresh to delete it and start again")
-    else:
-        from mask2former_plugin.config import differing_keys, load_config
-
+    elif (folder / MANIFEST).read_text() != dataset:
+        sys.exit(f"error: the run in {folder} has other images, {(folder / MANIFEST).read_text()}; give the same --images, or --fresh")
+    elif (folder / "config.yaml").is_file():
         changed = [key for key in differing_keys(load_config(folder / "config.yaml"), cfg) if key not in NOT_COMPARED]
         if changed:
             sys.exit(f"error: the run in {folder} has another config ({', '.join(changed[:5])}); use --fresh, or the same settings")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).write_text(dataset)
 
 
 def draw(cfg, folder: Path, count: int) -> list[Path]:
@@ -93,12 +101,15 @@ def main(argv=None):
     from detectron2.engine import default_argument_parser
 
     from mask2former_plugin.config import load_config
-    from mask2former_plugin.data.synthetic import SyntheticOptions, generate
+    from mask2former_plugin.data.synthetic import SyntheticOptions, generate, manifest
+    from mask2former_plugin.engine import user_errors
 
     opts = ["OUTPUT_DIR", str(output), *args.opts]
-    cfg = load_config(config_file, opts)
-    prepare_output(output, args, cfg)
-    dataset = generate(data / "quickstart", SyntheticOptions(train_images=args.images))
+    options = SyntheticOptions(train_images=args.images)
+    with user_errors(KeyError, ValueError, OSError):
+        cfg = load_config(config_file, opts)
+        prepare_output(output, args, cfg, manifest(options))
+        dataset = generate(data / "quickstart", options)
     train_args = default_argument_parser().parse_args(["--config-file", str(config_file), *(["--resume"] if args.resume else []), *opts])
     results = train_net.main(train_args) or {}
     pictures = draw(cfg, output / "pictures", args.pictures)

@@ -62,6 +62,11 @@ class SyntheticOptions:
     seed: int = 0
 
 
+def manifest(options: SyntheticOptions) -> str:
+    """Content of the file :data:`MANIFEST` in a dataset; equal for equal datasets."""
+    return json.dumps({"format": _FORMAT_VERSION, **asdict(options)})
+
+
 def generate(root: str | Path, options: SyntheticOptions = SyntheticOptions(), *, progress: bool = True) -> Path:
     """Write the dataset below ``root`` unless it lies there already.
 
@@ -75,11 +80,10 @@ def generate(root: str | Path, options: SyntheticOptions = SyntheticOptions(), *
         FileExistsError: ``root`` holds files that this function did not write.
     """
     root = Path(root)
-    manifest = {"format": _FORMAT_VERSION, **asdict(options)}
     if root.is_dir() and any(root.iterdir()):
         if not (root / MANIFEST).is_file():
             raise FileExistsError(f"{root} exists and is no synthetic dataset (it has no {MANIFEST}); choose another folder")
-        if json.loads((root / MANIFEST).read_text()) == manifest:
+        if (root / MANIFEST).read_text() == manifest(options):
             return root
         shutil.rmtree(root)
     # written beside and renamed at the end: an interrupted run leaves no half dataset behind
@@ -89,7 +93,7 @@ def generate(root: str | Path, options: SyntheticOptions = SyntheticOptions(), *
     for index, (split, count) in enumerate((("train", options.train_images), ("val", options.val_images))):
         rng = np.random.default_rng([options.seed, index])
         _write_split(partial, split, count, options, rng, progress)
-    (partial / MANIFEST).write_text(json.dumps(manifest))
+    (partial / MANIFEST).write_text(manifest(options))
     if root.is_dir():
         root.rmdir()
     partial.rename(root)
