@@ -149,11 +149,16 @@ class _WithBoundaryAP:
         self._dilation_ratio = dilation_ratio
 
     def _eval_predictions(self, predictions: Sequence[dict], img_ids: Sequence[int] | None = None) -> None:
+        # copies: upstream's evaluation changes the category ids of the results in place
+        results = [dict(result) for image in predictions for result in image["instances"] if "segmentation" in result]
         super()._eval_predictions(predictions, img_ids=img_ids)
         if not self._do_evaluation:
             return
-        # the call above has replaced the contiguous classes by the dataset's category ids, in place
-        results = [result for image in predictions for result in image["instances"] if "segmentation" in result]
+        to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if to_contiguous is not None:
+            dataset_id = {contiguous: category for category, contiguous in to_contiguous.items()}
+            for result in results:
+                result["category_id"] = dataset_id[result["category_id"]]
         evaluation = None
         if results:
             max_dets = self._max_dets_per_image or (1, 10, 100)

@@ -50,7 +50,7 @@ def kinds_for(tmp_path):
 
     yield kinds
     DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    MetadataCatalog.pop(NAME, None)
 
 
 def test_off_by_default(kinds_for):
