@@ -38,6 +38,7 @@ def config(root, **datasets):
 
 def register(root, **datasets):
     cfg = config(root, **datasets)
+    cfg.DATASETS.TRAIN = tuple(datasets)
     register_custom_datasets(cfg)
     return cfg
 
@@ -212,6 +213,19 @@ def test_wrong_options(root, change, error, message):
     with pytest.raises(error, match=message):
         register(root, bad=options)
     assert "bad" not in DatasetCatalog
+
+
+def test_missing_files_matter_where_the_dataset_is_used(root, caplog):
+    mine = street(root)
+    inherited = {**mine, "IMAGES": "camvid/images"}
+    cfg = config(root, mine=mine, inherited=inherited)
+    cfg.DATASETS.TRAIN = ("mine",)
+    register_custom_datasets(cfg)
+    assert "mine" in DatasetCatalog and "inherited" not in DatasetCatalog
+    assert "'inherited': IMAGES 'camvid/images'" in caplog.text and "left out" in caplog.text
+    cfg.DATASETS.TEST = ("inherited",)
+    with pytest.raises(FileNotFoundError, match="'inherited': IMAGES 'camvid/images'"):
+        register_custom_datasets(cfg)
 
 
 def test_missing_format_and_plain_value(root):

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,8 @@ from mask2former_plugin.data.datasets.panoptic_json import PanopticClasses, load
 from mask2former_plugin.data.datasets.paths import resolve
 from mask2former_plugin.data.datasets.semantic_folder import IMAGE_EXTENSIONS, load_semantic_folder
 from mask2former_plugin.data.names import unknown_name
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_IGNORE_LABEL = 255
 LABEL_DIVISOR = 1000
@@ -211,14 +214,23 @@ def register_custom_datasets(cfg: CfgNode) -> None:
 
     Files are looked for now and read later, except for class names, which come from the JSON at once.
 
+    Datasets that neither ``DATASETS.TRAIN`` nor ``TEST`` names may lack their files, as those of a base config do where
+    only its model is wanted: they are left out with a warning.
+
     Raises:
         ValueError: unknown format or option, a missing option, a value of the wrong kind, or a name that is taken.
-        FileNotFoundError: a file or folder does not exist.
+        FileNotFoundError: a file or folder of a dataset in ``DATASETS.TRAIN`` or ``TEST`` does not exist.
     """
+    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
     for name, values in cfg.DATASETS.CUSTOM.items():
         if not isinstance(values, Mapping):
             raise ValueError(f"DATASETS.CUSTOM.{name} must hold options such as FORMAT and IMAGES, got {values!r}")
-        _register(name, dict(values), Path(cfg.OUTPUT_DIR))
+        try:
+            _register(name, dict(values), Path(cfg.OUTPUT_DIR))
+        except FileNotFoundError as error:
+            if name in used:
+                raise
+            logger.warning("%s; DATASETS.TRAIN and TEST do not use the dataset: it is left out", error)
 
 
 def _register(name: str, values: dict[str, Any], output_dir: Path) -> None:
