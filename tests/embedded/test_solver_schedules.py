@@ -81,7 +81,7 @@ def test_poly_state_is_the_position_and_the_new_length_holds_after_a_resume():
 
 
 @pytest.mark.embedded_only
-def test_poly_reads_states_that_hold_the_whole_schedule():
+def test_poly_reads_states_that_hold_the_whole_schedule(caplog):
     """The form that other implementations write; its max_iters and power must not win over the config."""
     old = {
         "max_iters": 10,
@@ -97,7 +97,12 @@ def test_poly_reads_states_that_hold_the_whole_schedule():
     }
     optimizer = new_optimizer()
     scheduler = WarmupPolyLR(optimizer, 20, warmup_iters=0)
+    with caplog.at_level("WARNING", logger="detectron2.solver.lr_scheduler"):
+        scheduler.load_state_dict(old)
+    assert "keeps its base learning rate 0.25; 0.5 of the config (SOLVER.BASE_LR) has no effect" in caplog.text
+    caplog.clear()
     scheduler.load_state_dict(old)
+    assert not caplog.text  # they agree now
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * (1 - 11 / 20) ** 0.9)

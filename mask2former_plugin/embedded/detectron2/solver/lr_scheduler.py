@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+logger = logging.getLogger(__name__)
 
 WARMUP_METHODS = ("linear", "constant")
 
@@ -40,23 +43,36 @@ def _check_warmup_method(method: str) -> None:
 
 
 class PositionOnlyLRScheduler(LRScheduler):
-    """Base of schedules whose state is the position (``base_lrs``, ``last_epoch``), nothing that the config decides.
+    """Base of schedules whose state is the base learning rates and the position (``base_lrs``, ``last_epoch``).
 
-    So a run resumed with another length or another shape of schedule follows the new config. States written by
-    schedules that store more are read too; the rest of such a state is ignored.
+    So a run resumed with another length or another shape of schedule follows the new config, with the learning rates of
+    the stored run (the optimizer's state holds them, too). States written by schedules that store more are read too;
+    the rest of such a state is ignored.
     """
 
     def state_dict(self) -> dict[str, Any]:
         return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the position. Raises ValueError if it is that of another number of parameter groups."""
+        """Take over the state; other base learning rates than the present ones are logged as a warning.
+
+        Raises:
+            ValueError: the state is that of another number of parameter groups.
+        """
         base_lrs, last_epoch = state_dict["base_lrs"], state_dict["last_epoch"]
         if len(base_lrs) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"the stored schedule has {len(base_lrs)} parameter groups, the optimizer has "
                 f"{len(self.optimizer.param_groups)}; resume with the optimizer settings of the stored run"
             )
+        for stored, present in zip(base_lrs, self.base_lrs):
+            if not math.isclose(stored, present):
+                logger.warning(
+                    "The resumed run keeps its base learning rate %g; %g of the config (SOLVER.BASE_LR) has no effect",
+                    stored,
+                    present,
+                )
+                break
         self.base_lrs, self.last_epoch = list(base_lrs), last_epoch
 
 
