@@ -1,5 +1,6 @@
 """Layers against closed forms and, for shared statistics, against one process with the whole batch."""
 
+import importlib
 import math
 
 import numpy as np
@@ -289,5 +290,18 @@ def test_left_out_layers_say_how_to_get_them():
         layers.ROIAlign
     with pytest.raises(ImportError, match="detectron2.layers.batched_nms.*install upstream"):  # optional imports work
         from detectron2.layers import batched_nms  # noqa: F401
+    for module, name in (
+        ("modeling", "FPN"),
+        ("modeling.backbone", "ViT"),
+        ("modeling.meta_arch", "RetinaNet"),
+        ("modeling.postprocessing", "detector_postprocess"),
+        ("projects.deeplab", "DeepLabV3Head"),
+        ("projects.point_rend", "PointRendSemSegHead"),
+    ):
+        module = importlib.import_module(f"detectron2.{module}")
+        with pytest.raises(ImportError, match=f"{module.__name__}.{name} .*install upstream"):
+            getattr(module, name)
+        with pytest.raises(AttributeError, match="no attribute 'Typo'"):
+            module.Typo
     with pytest.raises(AttributeError, match="no attribute 'Typo'"):
         layers.Typo

@@ -153,11 +153,7 @@ class COCOEvaluator(DatasetEvaluator):
         coco_results = list(itertools.chain.from_iterable(prediction["instances"] for prediction in predictions))
         tasks = self._tasks or self._tasks_from_predictions(coco_results)
         coco_results = self._with_dataset_category_ids(coco_results)
-        if self._output_dir:
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            logger.info(f"Saving results to {path}")
-            with PathManager.open(path, "w") as file:
-                json.dump(coco_results, file)
+        self._save_results(coco_results, "coco_instances_results.json")
         if not self._do_evaluation:
             logger.info("Annotations are not available for evaluation.")
             return
@@ -175,6 +171,14 @@ class COCOEvaluator(DatasetEvaluator):
                 )
             class_names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(coco_eval, task, class_names=class_names)
+
+    def _save_results(self, results: list[dict], file_name: str) -> None:
+        """Write results to a JSON file in the output folder, if there is one."""
+        if self._output_dir:
+            path = os.path.join(self._output_dir, file_name)
+            logger.info(f"Saving results to {path}")
+            with PathManager.open(path, "w") as file:
+                json.dump(results, file)
 
     def _with_dataset_category_ids(self, coco_results: list[dict]) -> list[dict]:
         """Copies of the results with the data set's category ids in place of the contiguous classes."""

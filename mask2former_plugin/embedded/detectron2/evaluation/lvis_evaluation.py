@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 
 from detectron2.evaluation.coco_evaluation import COCOEvaluator
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 logger = logging.getLogger(__name__)
@@ -70,11 +67,7 @@ class LVISEvaluator(COCOEvaluator):
             results = [{**result, "category_id": result["category_id"] + 1} for result in results]
         else:
             results = self._with_dataset_category_ids(results)
-        if self._output_dir:
-            path = os.path.join(self._output_dir, "lvis_instances_results.json")
-            logger.info(f"Saving results to {path}")
-            with PathManager.open(path, "w") as file:
-                json.dump(results, file)
+        self._save_results(results, "lvis_instances_results.json")
         if not self._do_evaluation:
             logger.info("Annotations are not available for evaluation.")
             return

@@ -43,9 +43,14 @@ __all__ = [
 
 _UPSTREAM_ONLY = {
     "ANCHOR_GENERATOR_REGISTRY",
+    "BaseKeypointRCNNHead",
+    "BaseMaskRCNNHead",
     "FCOS",
     "FPN",
+    "FastRCNNOutputLayers",
     "GeneralizedRCNNWithTTA",
+    "MMDetBackbone",
+    "MMDetDetector",
     "MViT",
     "PROPOSAL_GENERATOR_REGISTRY",
     "PanopticFPN",
@@ -62,9 +67,14 @@ _UPSTREAM_ONLY = {
     "SwinTransformer",
     "ViT",
     "build_anchor_generator",
+    "build_box_head",
+    "build_keypoint_head",
+    "build_mask_head",
     "build_proposal_generator",
     "build_roi_heads",
+    "build_rpn_head",
     "detector_postprocess",
+    "get_vit_lr_decay_rate",
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch.nn import functional as F
+
+from detectron2.utils.missing import missing_name
 
 
 def sem_seg_postprocess(
@@ -22,3 +26,10 @@ def sem_seg_postprocess(
     return F.interpolate(
         inside.unsqueeze(0), size=(output_height, output_width), mode="bilinear", align_corners=False
     ).squeeze(0)
+
+
+_UPSTREAM_ONLY = ("detector_postprocess",)
+
+
+def __getattr__(name: str) -> NoReturn:
+    missing_name(__name__, _UPSTREAM_ONLY, name)
