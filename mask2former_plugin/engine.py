@@ -246,7 +246,12 @@ def _check_names(cfg: CfgNode, training: bool) -> None:
 
 
 def check_dataset_files(cfg: CfgNode, *, training: bool) -> None:
-    """Raise FileNotFoundError if a dataset that will be used lacks its images or annotations, as far as its metadata names them."""
+    """Look whether the datasets that will be used are whole, before the work starts.
+
+    Raises:
+        FileNotFoundError: a dataset lacks its images or annotations, as far as its metadata names them.
+        ValueError, KeyError: an own dataset for the evaluation is wrong in itself, e.g. has images without labels.
+    """
     for key in _used(training):
         for name in cfg.DATASETS[key]:
             metadata = MetadataCatalog.get(name)
@@ -260,6 +265,9 @@ def check_dataset_files(cfg: CfgNode, *, training: bool) -> None:
                         f"dataset {name!r} in DATASETS.{key}: its {what} {path} does not exist. $DETECTRON2_DATASETS (default ./datasets) is the "
                         "folder of the built-in datasets; datasets/README.md shows their layouts"
                     )
+    for name in cfg.DATASETS.TEST:
+        if MetadataCatalog.get(name).get("custom_options"):
+            DatasetCatalog.get(name)  # what is wrong here would otherwise end the training at its first evaluation
 
 
 def _used(training: bool) -> tuple[str, ...]:

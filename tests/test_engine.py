@@ -163,6 +163,25 @@ def test_missing_files_of_a_builtin_dataset_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_broken_dataset_for_the_evaluation_stops_before_the_training(datasets, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    for folder, names in ((images, ("1.jpg", "2.jpg")), (labels, ("1.png",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    classes = ", ".join(f"class {number}" for number in range(8))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"_BASE_: {ROOT / 'configs/quickstart/mask2former.yaml'}\n"
+        f"DATASETS: {{TEST: [broken], CUSTOM: {{broken: {{FORMAT: semantic_folder, IMAGES: {images}, LABELS: {labels}, CLASSES: [{classes}]}}}}}}\n"
+        f"OUTPUT_DIR: {tmp_path / 'out'}\n"
+    )
+    with pytest.raises(SystemExit, match="error: Dataset 'broken': 1 images without a label map .2."):
+        train_net.main(default_argument_parser().parse_args(["--config-file", str(config), "MODEL.DEVICE", "cpu"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_processes_complain_once():
     config_file = str(ROOT / "configs" / "quickstart" / "mask2former.yaml")
     words = [str(ROOT / "tools" / "train_net.py"), "--config-file", config_file, "--num-gpus", "2", "SOLVER.MAX_ITR", "3"]
