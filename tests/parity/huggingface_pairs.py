@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip("transformers", reason="parity with Hugging Face: pip install transformers")
+transformers = pytest.importorskip(
+    "transformers", minversion="5", reason="parity with Hugging Face: pip install 'transformers>=5'"
+)
 
 import torch
 from detectron2.modeling import build_model
