@@ -276,6 +276,7 @@ def test_load_errors(tmp_path):
             checkpointer.load(str(tmp_path / name))
 
 
+@pytest.mark.embedded_only
 def test_pickle_of_a_model_without_author(tmp_path):
     """It is no file of Caffe2, whose weights lie at the top or under 'blobs'."""
     source, model = Model(), Model()
