@@ -23,6 +23,7 @@ class InstanceTask:
         thing_classes: contiguous ids of the classes that may be instances; None: all.
         things_first: True: ``top_k`` among thing classes; False: stuff is dropped afterwards, so that fewer remain
             (published).
+        mask_threshold: a mask is where the mask probability is above it.
     """
 
     name = "instances"
@@ -35,6 +36,7 @@ class InstanceTask:
         top_k: int,
         thing_classes: Collection[int] | None = None,
         things_first: bool = False,
+        mask_threshold: float = 0.5,
     ) -> None:
         probability = class_probabilities(class_logits)[:, :-1]
         classes = torch.arange(probability.shape[1], device=probability.device)
@@ -53,6 +55,7 @@ class InstanceTask:
         # a query may give several instances; its mask is computed once
         self.queries, self._query_of = torch.unique(pairs // number, return_inverse=True)
         self._size = tuple(size)
+        self._logit_threshold = torch.tensor(mask_threshold, dtype=torch.float64).logit().item()
         device, distinct = class_logits.device, len(self.queries)
         self._masks = torch.zeros((len(pairs), *size), dtype=torch.bool, device=device)
         self._rows = torch.zeros((distinct, size[0]), dtype=torch.bool, device=device)
@@ -62,7 +65,7 @@ class InstanceTask:
 
     def update(self, start: int, logits: Tensor, probability: Tensor) -> None:
         """Take the rows from ``start`` on: mask logits and mask probabilities of ``queries``, ``[Q, rows, W]``."""
-        mask = logits > 0
+        mask = logits > self._logit_threshold
         rows = slice(start, start + mask.shape[1])
         self._masks[:, rows] = mask[self._query_of]
         self._rows[:, rows] = mask.any(2)

@@ -25,6 +25,7 @@ class PanopticTask:
         overlap_threshold: see above.
         require_mask: True: a pixel of a segment needs mask probability 0.5 or more, else it is void (Mask2Former);
             False: the best query gets the pixel in any case (MaskFormer).
+        mask_threshold: another probability in the place of 0.5.
     """
 
     name = "panoptic_seg"
@@ -38,6 +39,7 @@ class PanopticTask:
         object_mask_threshold: float,
         overlap_threshold: float,
         require_mask: bool = True,
+        mask_threshold: float = 0.5,
     ) -> None:
         scores, labels = class_probabilities(class_logits).max(-1)
         keep = (labels != class_logits.shape[1] - 1) & (scores > object_mask_threshold)
@@ -46,6 +48,7 @@ class PanopticTask:
         self._thing_classes = thing_classes
         self._overlap_threshold = overlap_threshold
         self._require_mask = require_mask
+        self._mask_threshold = mask_threshold
         # 0 is void, k + 1 the k-th kept query
         self._owner = torch.zeros(size, dtype=torch.int32, device=class_logits.device)
         # of each kept query: pixels where it is best, pixels of its own mask, pixels where it is both
@@ -57,31 +60,38 @@ class PanopticTask:
         if number == 0:
             return
         owner = (self._scores[:, None, None] * probability).argmax(0)
-        sure = probability.gather(0, owner[None])[0] >= 0.5
+        sure = probability.gather(0, owner[None])[0] >= self._mask_threshold
         self._counts[0] += torch.bincount(owner.flatten(), minlength=number)
-        self._counts[1] += (probability >= 0.5).flatten(1).sum(1)
+        self._counts[1] += (probability >= self._mask_threshold).flatten(1).sum(1)
         self._counts[2] += torch.bincount(owner[sure], minlength=number)
         owner += 1
         if self._require_mask:
             owner *= sure
         self._owner[start : start + owner.shape[0]] = owner
 
-    def result(self) -> tuple[Tensor, list[dict]]:
-        """Ids ``[H, W]`` int32, 0 = void; per segment ``id``, ``isthing`` and ``category_id`` (contiguous)."""
-        ids = torch.zeros(len(self.queries) + 1, dtype=torch.int32)
-        segments: list[dict] = []
-        merged: dict[int, int] = {}
+    def groups(self) -> list[list[int]]:
+        """Of each segment, in the order of their ids, the positions in ``queries`` of the queries it is made of."""
+        groups: list[list[int]] = []
+        merged: dict[int, list[int]] = {}
         labels = self._labels.tolist()
         for k, (best, own, both) in enumerate(self._counts.T.tolist()):
             if best == 0 or own == 0 or (self._require_mask and both == 0) or best / own < self._overlap_threshold:
                 continue
-            category = labels[k]
-            is_thing = category in self._thing_classes
-            if not is_thing and category in merged:
-                ids[k + 1] = merged[category]
+            if labels[k] in merged:
+                merged[labels[k]].append(k)
                 continue
-            segments.append({"id": len(segments) + 1, "isthing": is_thing, "category_id": category})
-            ids[k + 1] = len(segments)
-            if not is_thing:
-                merged[category] = len(segments)
+            groups.append([k])
+            if labels[k] not in self._thing_classes:
+                merged[labels[k]] = groups[-1]
+        return groups
+
+    def result(self) -> tuple[Tensor, list[dict]]:
+        """Ids ``[H, W]`` int32, 0 = void; per segment ``id``, ``isthing`` and ``category_id`` (contiguous)."""
+        ids = torch.zeros(len(self.queries) + 1, dtype=torch.int32)
+        segments: list[dict] = []
+        labels = self._labels.tolist()
+        for number, group in enumerate(self.groups(), start=1):
+            category = labels[group[0]]
+            segments.append({"id": number, "isthing": category in self._thing_classes, "category_id": category})
+            ids[[k + 1 for k in group]] = number
         return ids.to(self._owner.device)[self._owner.long()], segments

@@ -1,0 +1,5 @@
+"""Image processor: images and segmentation maps to tensors, predictions to maps and segments, as Hugging Face has it."""
+
+from mask2former_plugin.processing.image_processor import ImageProcessor
+
+__all__ = ["ImageProcessor"]
