@@ -75,7 +75,7 @@ def _add_head_keys(cfg: CfgNode) -> None:
 
 
 def _add_mask_former_keys(cfg: CfgNode) -> None:
-    cfg.MODEL.ALLOW_RANDOM_WEIGHTS = False  # True: evaluate a model even if MODEL.WEIGHTS leaves more than its classifier random
+    cfg.MODEL.ALLOW_RANDOM_WEIGHTS = False  # True: evaluate a model even if MODEL.WEIGHTS leaves weights random
     cfg.MODEL.MASK_FORMER = CfgNode(
         {
             "DEEP_SUPERVISION": True,

@@ -163,12 +163,13 @@ def load_for_evaluation(model: nn.Module, cfg: CfgNode, *, resume: bool = False)
     """Load ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint in ``OUTPUT_DIR``, for use and not for training.
 
     Raises:
-        CheckpointMismatchError: more than the classifier would stay random, and ``MODEL.ALLOW_RANDOM_WEIGHTS`` is False.
+        CheckpointMismatchError: weights would stay random, such as a classifier of another number of classes, and
+            ``MODEL.ALLOW_RANDOM_WEIGHTS`` is False.
     """
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not cfg.MODEL.ALLOW_RANDOM_WEIGHTS:
-        checkpointer.require_weights()
+        checkpointer.require_weights(classifier=True)
 
 
 class Predictor(DefaultPredictor):

@@ -208,3 +208,16 @@ def test_checkpoint_of_another_architecture_is_refused(run):
     other = str(run.output / "maskformer" / "model_final.pth")
     with pytest.raises(SystemExit, match="error: the checkpoint is of another architecture"):
         run("mask2former", "MODEL.WEIGHTS", other, flags=["--eval-only"])
+
+
+def test_evaluation_with_another_number_of_classes_is_refused(run):
+    """The classifier would be random, and its results only look like results."""
+    run("mask2former", "SOLVER.MAX_ITER", "1")
+    weights = torch.load(run.output / "mask2former" / "model_final.pth", weights_only=True)["model"]
+    for part in ("weight", "bias"):
+        name = f"sem_seg_head.predictor.class_embed.{part}"
+        weights[name] = weights[name][:4].clone()
+    other = run.output / "three_classes.pth"
+    torch.save({"model": weights}, other)
+    with pytest.raises(SystemExit, match="error: the model would be used with random weights"):
+        run("mask2former", "MODEL.WEIGHTS", str(other), flags=["--eval-only"])
