@@ -5,6 +5,8 @@ wget https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_ti
 python tools/convert-pretrained-swin-model-to-d2.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
 """
 
+from __future__ import annotations
+
 import argparse
 import pickle
 

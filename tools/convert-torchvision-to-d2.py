@@ -5,6 +5,8 @@ wget https://download.pytorch.org/models/resnet101-63fe2227.pth
 python tools/convert-torchvision-to-d2.py resnet101-63fe2227.pth R-101.pkl
 """
 
+from __future__ import annotations
+
 import argparse
 import pickle
 

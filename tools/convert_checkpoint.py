@@ -9,6 +9,8 @@ The first form writes model.pth and config.yaml; neither is needed, as every too
 files of both projects included.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
