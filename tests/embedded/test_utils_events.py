@@ -149,22 +149,26 @@ def test_tensorboard_writes_scalars_images_and_histograms(tmp_path):
     assert written == [count for count in counts if count]
 
 
-def printed(caplog, **arguments):
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger="detectron2.utils.events"):
+def printed(**arguments):
+    """Lines that the printer logs; listened to directly, whatever other tests have done to the handlers of its parents."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("detectron2.utils.events")
+    level, disabled = logger.level, logger.manager.disable
+    logger.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
+    logger.addHandler(handler)
+    try:
         CommonMetricPrinter(**arguments).write()
-    return [record.getMessage() for record in caplog.records if record.name == "detectron2.utils.events"]
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logging.disable(disabled)
+    return lines
 
 
-@pytest.fixture
-def propagating():
-    logger = logging.getLogger("detectron2")
-    before, logger.propagate = logger.propagate, True
-    yield
-    logger.propagate = before
-
-
-def test_printer(caplog, propagating):
+def test_printer():
     with EventStorage() as storage:
         for loss, seconds in ((3.0, 1.0), (1.0, 2.0), (2.0, 9.0)):
             storage.put_scalars(total_loss=loss, loss_mask=loss / 2, time=seconds)
@@ -173,7 +177,7 @@ def test_printer(caplog, propagating):
             storage.put_scalar("[metric]accuracy", 0.75)
             storage.step()
         storage.iter = 2
-        (line,) = printed(caplog, max_iter=33)
+        (line,) = printed(max_iter=33)
         for field in (
             "eta: 0:01:00",  # 30 iterations of 2 s
             "iter: 2 ",
@@ -187,7 +191,7 @@ def test_printer(caplog, propagating):
         ):
             assert field in line, (field, line)
         assert storage.latest()["eta_seconds"] == (60.0, 2)
-        (line,) = printed(caplog)
+        (line,) = printed()
         assert "eta" not in line and "iter: 2" in line
         storage.iter = 33
-        assert printed(caplog, max_iter=33) == []
+        assert printed(max_iter=33) == []
