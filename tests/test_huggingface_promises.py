@@ -428,7 +428,9 @@ OUTPUTS = {
     "encoder_last_hidden_state": lambda masked: (B, 64, *STRIDES[32]),
     "encoder_hidden_states": lambda masked: [(B, c, *STRIDES[s]) for c, s in zip((8, 16, 32, 64), STRIDES)],
     "pixel_decoder_last_hidden_state": lambda masked: (B, M, *STRIDES[4]),
-    "pixel_decoder_hidden_states": lambda masked: [(B, F, *STRIDES[s]) for s in ((32, 16, 8) if masked else (16, 8, 4))],
+    "pixel_decoder_hidden_states": lambda masked: [
+        (B, F, *STRIDES[stride]) for stride in ((32, 16, 8) if masked else (16, 8, 4))
+    ],
     "transformer_decoder_last_hidden_state": lambda masked: (B, Q, D),
     "transformer_decoder_hidden_states": lambda masked: [(B, Q, D)] * (4 if masked else 3),
     "transformer_decoder_intermediate_states": lambda masked: [(B, Q, D)] * (4 if masked else 3),
@@ -562,7 +564,7 @@ def test_whole_way_of_the_document(tmp_path, run):
     cpu = "cfg.MODEL.DEVICE = 'cpu'\nmodel = build_model"
     small = "inputs = processor(images, size=64)"
     names = {"folder": tmp_path, "images": images, "sizes": sizes}
-    exec(code.replace("model = build_model", cpu).replace("inputs = processor(images)", small), names)  # noqa: S102
+    exec(code.replace("model = build_model", cpu).replace("inputs = processor(images)", small), names)
     assert [tuple(r["segmentation"].shape) for r in names["results"]] == sizes
     for ours, theirs in zip(names["model"].state_dict().values(), run["model"].state_dict().values()):
         assert torch.equal(ours, theirs)
@@ -653,8 +655,7 @@ OPTIONS = {
         (1, 3, 40, 50), (1, 1, 40, 50),
     ),
     "input_data_format": lambda: (
-        ImageProcessor(**PLAIN)(IMAGE.transpose(2, 0, 1)[:2], input_data_format="channels_first")["pixel_values"].numpy(),
-        RAW[:, :2],
+        ImageProcessor(**PLAIN)(RAW[0, :2], input_data_format="channels_first")["pixel_values"].numpy(), RAW[:, :2],
     ),
     "data_format": lambda: (
         ImageProcessor(**PLAIN)(IMAGE, data_format="channels_last")["pixel_values"].numpy(), IMAGE[None].astype("f")
@@ -686,17 +687,41 @@ def test_option(name):
             assert found == expected or tuple(found) == expected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 48, "longest_edge": 90}, "ignore_index": 255, "do_reduce_labels": True},
+        {"size": {"height": 64, "width": 32}, "resample": 3, "ignore_index": 1, "do_normalize": False},
+        {"size": {"max_height": 70, "max_width": 50}, "size_divisor": 7, "do_rescale": False},
+        {"do_resize": False, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 0.01},
+    ],
+)
+def test_processor_gives_what_transformers_gives(options, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face: pip install transformers")
+    image, labels = IMAGE[:35, :49], LABELS[:35, :49]  # odd: no pixel centre falls between two pixels
+    theirs = transformers.Mask2FormerImageProcessor(**options)([image], [labels], return_tensors="pt")
+    ours = ImageProcessor(**options)([image], [labels])
+    assert set(ours) == set(theirs)
+    for name in ("pixel_values", "pixel_mask"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+    for name in ("mask_labels", "class_labels"):
+        assert ours[name][0].dtype == theirs[name][0].dtype and torch.equal(ours[name][0], theirs[name][0])
+
+
 ONE_MAP = [np.array([[1, 2, 2, 700]])]
 ONE_IMAGE = [np.zeros((3, 1, 4), np.float32)]
 PREPARATION = {
     "preprocess": lambda p: p.preprocess(np.zeros((1, 4, 3)), ONE_MAP)["class_labels"][0].tolist() == [1, 2, 700],
     "images": lambda p: p.preprocess(images=Image.new("RGB", (4, 1)))["pixel_values"].shape == (1, 3, 1, 4),
-    "segmentation_maps": lambda p: p(np.zeros((1, 4, 3)), segmentation_maps=ONE_MAP)["mask_labels"][0].sum((1, 2)).tolist()
-    == [1, 2, 1],
+    "segmentation_maps": lambda p: p(np.zeros((1, 4, 3)), segmentation_maps=ONE_MAP)["mask_labels"][0].tolist()
+    == [[[1, 0, 0, 0]], [[0, 1, 1, 0]], [[0, 0, 0, 1]]],
     "instance_id_to_semantic_id": lambda p: p(
         np.zeros((1, 4, 3)), ONE_MAP, instance_id_to_semantic_id={1: 5, 2: 5, 700: 0}
     )["class_labels"][0].tolist() == [5, 5, 0],
-    "encode_inputs": lambda p: p.encode_inputs(ONE_IMAGE, ONE_MAP, ignore_index=2)["class_labels"][0].tolist() == [1, 700],
+    "encode_inputs": lambda p: p.encode_inputs(ONE_IMAGE, ONE_MAP, ignore_index=2)["class_labels"][0].tolist()
+    == [1, 700],
     "pixel_values_list": lambda p: p.encode_inputs(pixel_values_list=ONE_IMAGE)["pixel_mask"].tolist() == [[[1] * 4]],
     "BatchFeature": lambda p: list(p(np.zeros((1, 4, 3)), ONE_MAP))
     == ["pixel_values", "pixel_mask", "mask_labels", "class_labels"],

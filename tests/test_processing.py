@@ -216,8 +216,9 @@ def test_options_of_the_first_releases():
 
 
 def test_processor_of_a_config():
-    cfg = load_config(None, ["INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128,
-                             "MODEL.PIXEL_MEAN", [51.0, 102.0, 153.0], "MODEL.PIXEL_STD", [25.5, 51.0, 76.5]])  # fmt: skip
+    options = ["INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128]
+    statistics = ["MODEL.PIXEL_MEAN", [51.0, 102.0, 153.0], "MODEL.PIXEL_STD", [25.5, 51.0, 76.5]]
+    cfg = load_config(None, [*options, *statistics])
     processor = ImageProcessor.from_config(cfg)
     image = random_image(64, 96)
     expected = (image.transpose(2, 0, 1) - np.array(cfg.MODEL.PIXEL_MEAN)[:, None, None]) / np.array(
@@ -391,7 +392,8 @@ def quadrants(side=32):
 
 def random_outputs(batch=2, queries=7, classes=4, size=(9, 13)):
     embed, features = torch.randn(batch, queries, 5), torch.randn(batch, 5, *size)
-    return MaskPrediction(pred_logits=torch.randn(batch, queries, classes + 1) * 2, mask_logits=MaskLogits(embed, features))
+    class_logits = torch.randn(batch, queries, classes + 1) * 2
+    return MaskPrediction(pred_logits=class_logits, mask_logits=MaskLogits(embed, features))
 
 
 PROCESSOR = ImageProcessor()
@@ -610,3 +612,41 @@ def test_instances_by_definition(mask_threshold):
         assert torch.equal(ids["segmentation"], painted.int())
         assert [s["label_id"] for s in ids["segments_info"]] == labels
         assert [s["id"] for s in ids["segments_info"]] == list(range(len(labels)))
+
+
+def slow_panoptic(classes, masks, threshold, mask_threshold, overlap, fuse):
+    """Map and ``(id, label, score)`` from the definition."""
+    scores, labels = classes.softmax(-1).max(-1)
+    kept = [q for q in range(len(classes)) if labels[q] < classes.shape[1] - 1 and scores[q] > threshold]
+    probability = masks.sigmoid()
+    best = torch.stack([scores[q] * probability[q] for q in kept]).argmax(0)
+    ids, segments = torch.zeros(masks.shape[1:], dtype=torch.int32), []
+    for k, q in enumerate(kept):
+        own = probability[q] >= mask_threshold
+        pixels = (best == k) & own
+        if not pixels.any() or (best == k).sum() / own.sum() < overlap:
+            continue
+        label, score = labels[q].item(), scores[q].item()
+        earlier = [s for s in segments if s["label_id"] == label and label in fuse]
+        if earlier:
+            earlier[0]["score"] = max(earlier[0]["score"], score)
+        else:
+            segments.append({"id": len(segments) + 1, "label_id": label, "was_fused": label in fuse, "score": score})
+        ids[pixels] = earlier[0]["id"] if earlier else len(segments)
+    return ids, segments
+
+
+@pytest.mark.parametrize("mask_threshold", [0.2, 0.5, 0.8])
+def test_panoptic_by_definition(mask_threshold):
+    outputs = random_outputs(queries=12, classes=3)
+    outputs = outputs_of(outputs["pred_logits"].double(), outputs["pred_masks"].double())
+    target = (21, 18)
+    dense = F.interpolate(outputs.masks_queries_logits, size=target, mode="bilinear", align_corners=False)
+    results = PROCESSOR.post_process_panoptic_segmentation(outputs, 0.3, mask_threshold, 0.25, {0, 1}, [target] * 2)
+    for result, classes, masks in zip(results, outputs.class_queries_logits, dense):
+        ids, segments = slow_panoptic(classes, masks, 0.3, mask_threshold, 0.25, {0, 1})
+        assert len(segments) > 1 and (ids == 0).any()
+        assert torch.equal(result["segmentation"], ids)
+        for found, expected in zip(result["segments_info"], segments):
+            assert found == {**expected, "score": pytest.approx(expected["score"], abs=1e-6)}
+        assert len(result["segments_info"]) == len(segments)

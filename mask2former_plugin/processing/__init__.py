@@ -1,4 +1,4 @@
-"""Image processor: images and segmentation maps to tensors, predictions to maps and segments, as Hugging Face has it."""
+"""Image processor: images and segmentation maps to tensors, predictions to maps and segments (docs/huggingface.md)."""
 
 from mask2former_plugin.processing.image_processor import ImageProcessor
 

@@ -32,7 +32,7 @@ def as_array(image: ImageInput, data_format: str | None, to_rgb: bool, name: str
 
     Args:
         image: PIL image, or array or tensor with or without channels.
-        data_format: where the channels are, ``"channels_first"`` or ``"channels_last"``; None: where there are 3, else 1.
+        data_format: where the channels are, ``"channels_first"`` or ``"channels_last"``; None: where there are 3, or 1.
         to_rgb: PIL images of other modes become RGB, one channel becomes three.
         name: of the image, for errors.
 
