@@ -179,7 +179,7 @@ def _worker(rank, folder, names):
     x, weight = _full_batch()
     part = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
     torch.save({name: _run_norm(_make_norm(name), x[part], weight[part]) for name in names}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    # the group ends with the process: torch 2.4 may wait for ever when it is destroyed after collectives in a backward pass
 
 
 @pytest.mark.embedded_only
