@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,22 +16,23 @@ import torch.multiprocessing as mp
 
 def run_in_processes(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
     """``function(*args)`` in ``world_size`` processes; its results, by rank. ``function`` must be importable."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(_worker, nprocs=world_size, args=(function, world_size, port, str(folder), args))
+    # a file of its own, not a port: other test runs on this machine can't get into the group
+    store = folder / f"store-{uuid.uuid4().hex}"
+    mp.spawn(_worker, nprocs=world_size, args=(function, world_size, str(store), str(folder), args))
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _worker(rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple) -> None:
+def _worker(rank: int, function: Callable[..., Any], world_size: int, store: str, folder: str, args: tuple) -> None:
     import mask2former_plugin  # noqa: F401  (makes detectron2 importable)
     from detectron2.utils import comm
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     comm.create_local_process_group(world_size)
     result = function(*args)
     torch.save(result, Path(folder) / f"result{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # no tear-down: destroying a Gloo group after collectives in a backward pass may hang (seen with torch 2.4)
+    os._exit(0)
