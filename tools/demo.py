@@ -22,6 +22,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.video_visualizer import VideoVisualizer
 from tqdm import tqdm
 
+from mask2former_plugin.command_line import new_parser
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import register_custom_datasets
 from mask2former_plugin.engine import Predictor, check_config, user_errors
@@ -32,7 +33,7 @@ WINDOW = "mask2former_plugin"
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", help="images, or one quoted glob pattern")

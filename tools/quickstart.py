@@ -62,17 +62,16 @@ def prepare_output(folder: Path, args, cfg, dataset: str) -> None:
 
 def draw(cfg, folder: Path, count: int) -> list[Path]:
     """Predictions beside ground truth for ``count`` validation images."""
-    import cv2
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.detection_utils import read_image
-    from detectron2.engine import DefaultPredictor
 
-    from mask2former_plugin.visualization import compare, stack
+    from mask2former_plugin.engine import Predictor
+    from mask2former_plugin.visualization import compare, save_picture, stack
 
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    predictor = DefaultPredictor(cfg)
+    predictor = Predictor(cfg)
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     folder.mkdir(exist_ok=True)
@@ -82,10 +81,10 @@ def draw(cfg, folder: Path, count: int) -> list[Path]:
         picture = compare(record, predictor(read_image(record["file_name"], "BGR")), metadata, scale=2.0)
         rows.append(picture)
         paths.append(folder / f"{Path(record['file_name']).stem}.png")
-        cv2.imwrite(str(paths[-1]), picture[:, :, ::-1])
+        save_picture(paths[-1], picture)
     if rows:
         paths.append(folder / "overview.png")
-        cv2.imwrite(str(paths[-1]), stack(rows[:4])[:, :, ::-1])
+        save_picture(paths[-1], stack(rows[:4]))
     return paths
 
 
