@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts, convert_basic_c2_names
+from detectron2.utils import comm
+from workers import run_in_processes
 
 
 class Block(nn.Module):
@@ -353,17 +353,16 @@ def test_caffe2_names():
 # ---- several processes, of which one sees the file ----
 
 
-def worker(rank, folder):
+def worker(folder):
     import detectron2.checkpoint.detection_checkpoint as module
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rank = comm.get_rank()
     torch.manual_seed(rank)
     model, trainer = nn.Linear(3, 4), Counter()
     own_folder = f"{folder}/machine_{rank}"
     checkpointer = module.DetectionCheckpointer(nn.parallel.DistributedDataParallel(model), own_folder, trainer=trainer)
     rest = checkpointer.resume_or_load("", resume=True)
-    torch.save({"weight": model.weight.detach(), "rest": rest, "trainer": trainer.value}, f"{folder}/result_{rank}.pth")
-    dist.destroy_process_group()
+    return {"weight": model.weight.detach(), "rest": rest, "trainer": trainer.value}
 
 
 @pytest.mark.embedded_only
@@ -373,8 +372,6 @@ def test_the_main_process_sends_what_others_cannot_see(tmp_path, monkeypatch):
         (tmp_path / f"machine_{rank}").mkdir()
     model = nn.Linear(3, 4)
     DetectionCheckpointer(model, str(tmp_path / "machine_0"), trainer=Counter(5)).save("model", iteration=5)
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        result = torch.load(tmp_path / f"result_{rank}.pth", weights_only=True)
+    for result in run_in_processes(worker, 2, tmp_path, str(tmp_path)):
         assert torch.equal(result["weight"], model.weight)
         assert result["trainer"] == 5 and result["rest"] == {"iteration": 5}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,6 +27,8 @@ from detectron2.layers import (
     nonzero_tuple,
     shapes_to_tensor,
 )
+from detectron2.utils import comm
+from workers import run_in_processes
 
 
 def randomise(module):
@@ -173,20 +174,16 @@ def _make_norm(name):
     return norm
 
 
-def _worker(rank, folder, names):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _worker(names):
     x, weight = _full_batch()
-    part = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
-    torch.save({name: _run_norm(_make_norm(name), x[part], weight[part]) for name in names}, f"{folder}/{rank}.pt")
-    # the group ends with the process: torch 2.4 may wait for ever when it is destroyed after collectives in a backward pass
+    part = slice(0, 1) if comm.get_rank() == 0 else slice(1, 4)  # unequal shares
+    return {name: _run_norm(_make_norm(name), x[part], weight[part]) for name in names}
 
 
 @pytest.mark.embedded_only
 def test_shared_statistics_equal_those_of_the_whole_batch(tmp_path):
     names = ["naiveSyncBN", "naiveSyncBN_N", "SyncBN"]
-    mp.spawn(_worker, args=(str(tmp_path), names), nprocs=2)
-    workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    workers = run_in_processes(_worker, 2, tmp_path, names)
     expected = _run_norm(_make_norm("BN"), *_full_batch())
     for name in names:
         first, second = workers[0][name], workers[1][name]

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from detectron2.utils import comm
+from workers import run_in_processes
 
 
 def test_one_process():
@@ -29,10 +28,9 @@ def test_the_local_group_needs_launch():
         comm.get_local_process_group()
 
 
-def worker(rank, folder, results):
+def worker():
+    rank = comm.get_rank()
     np.random.seed(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    comm.create_local_process_group(1)
     found = {
         "ranks": (comm.get_world_size(), comm.get_rank(), comm.is_main_process()),
         "local_ranks": (comm.get_local_size(), comm.get_local_rank()),
@@ -46,17 +44,13 @@ def worker(rank, folder, results):
     found["mean"] = {name: value.item() for name, value in comm.reduce_dict(losses).items()}
     found["sum"] = {name: value.item() for name, value in comm.reduce_dict(losses, average=False).items()}
     comm.synchronize()
-    dist.destroy_process_group()
-    results[rank] = found
+    return found
 
 
 def test_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(worker, args=(str(tmp_path), shared), nprocs=2)
-        results = dict(shared)
-    for rank, found in results.items():
+    results = run_in_processes(worker, 2, tmp_path, local_size=1)
+    for rank, found in enumerate(results):
         assert found["ranks"] == (2, rank, rank == 0)
         assert found["local_ranks"] == (1, 0)
         assert [entry["rank"] for entry in found["all"]] == [0, 1]
