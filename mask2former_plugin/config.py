@@ -72,12 +72,16 @@ def _add_head_keys(cfg: CfgNode) -> None:
     # published, but read by nobody: the originals fix 4 points and take the heads from MASK_FORMER.NHEADS
     node.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
     node.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+    node.USE_CHECKPOINT = False  # True: recompute the pixel decoder's encoder layers in the backward pass
 
 
 def _add_mask_former_keys(cfg: CfgNode) -> None:
+    # True: recompute residual or Swin blocks in the backward pass; for Swin the same as SWIN.USE_CHECKPOINT
+    cfg.MODEL.BACKBONE.USE_CHECKPOINT = False
     cfg.MODEL.ALLOW_RANDOM_WEIGHTS = False  # True: evaluate a model even if MODEL.WEIGHTS leaves weights random
     cfg.MODEL.MASK_FORMER = CfgNode(
         {
+            "USE_CHECKPOINT": False,  # True: recompute the decoder's layers in the backward pass, which saves memory
             "DEEP_SUPERVISION": True,
             "NO_OBJECT_WEIGHT": 0.1,
             "CLASS_WEIGHT": 1.0,

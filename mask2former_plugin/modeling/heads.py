@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mask2former_plugin.modeling.mask_logits import MaskPrediction
 from mask2former_plugin.modeling.pixel_decoders import build_pixel_decoder
+from mask2former_plugin.modeling.recomputation import recompute_activations
 from mask2former_plugin.modeling.transformer_decoders import StandardTransformerDecoder, build_transformer_decoder
 
 logger = logging.getLogger(__name__)
@@ -259,10 +260,13 @@ class PerPixelBaselinePlusHead(_TransformerHead):
                 f"({model.NUM_OBJECT_QUERIES}) to MODEL.SEM_SEG_HEAD.NUM_CLASSES ({head.NUM_CLASSES})"
             )
         in_channels = transformer_in_channels(cfg, input_shape)
+        decoder = StandardTransformerDecoder(cfg, in_channels, mask_classification=False)
+        if model.USE_CHECKPOINT:
+            recompute_activations(decoder, "MODEL.MASK_FORMER.USE_CHECKPOINT")
         return {
             "num_classes": head.NUM_CLASSES,
             "pixel_decoder": build_pixel_decoder(cfg, input_shape),
-            "transformer_predictor": StandardTransformerDecoder(cfg, in_channels, mask_classification=False),
+            "transformer_predictor": decoder,
             "transformer_in_feature": model.TRANSFORMER_IN_FEATURE,
             "deep_supervision": model.DEEP_SUPERVISION,
             "loss_weight": head.LOSS_WEIGHT,

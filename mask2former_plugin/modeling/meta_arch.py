@@ -24,6 +24,7 @@ from mask2former_plugin.modeling.inference import (
 )
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.matcher import HungarianMatcher
+from mask2former_plugin.modeling.recomputation import recompute_activations
 
 
 @META_ARCH_REGISTRY.register()
@@ -104,6 +105,8 @@ class MaskFormer(nn.Module):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """Arguments of the constructor from a config."""
         backbone = build_backbone(cfg)
+        if cfg.MODEL.BACKBONE.USE_CHECKPOINT:
+            recompute_activations(backbone, "MODEL.BACKBONE.USE_CHECKPOINT")
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         options = cfg.MODEL.MASK_FORMER
         datasets = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST

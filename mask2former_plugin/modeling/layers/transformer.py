@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
+from mask2former_plugin.modeling.recomputation import RunsLayers
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -80,7 +81,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.norm3(x + self._feed(x))
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(RunsLayers):
     """A stack of encoder layers; pre-norm ends with a norm of its own."""
 
     def __init__(
@@ -96,11 +97,11 @@ class TransformerEncoder(nn.Module):
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
         """``[B, S, C]`` and position encoding ``[S, C]`` to ``[B, S, C]``."""
         for layer in self.layers:
-            x = layer(x, pos)
+            x = self.run_layer(layer, x, pos)
         return x if self.norm is None else self.norm(x)
 
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(RunsLayers):
     """A stack of decoder layers whose outputs all go through one final norm."""
 
     def __init__(
@@ -117,6 +118,6 @@ class TransformerDecoder(nn.Module):
         """The normalised output of every layer, each ``[B, Q, C]``."""
         outputs = []
         for layer in self.layers:
-            x = layer(x, query_pos, keys, memory)
+            x = self.run_layer(layer, x, query_pos, keys, memory)
             outputs.append(self.norm(x))
         return outputs

@@ -10,6 +10,7 @@ from torch import nn
 from mask2former_plugin.modeling.pixel_decoders.deformable import MSDeformAttnPixelDecoder
 from mask2former_plugin.modeling.pixel_decoders.fpn import BasePixelDecoder
 from mask2former_plugin.modeling.pixel_decoders.transformer_fpn import TransformerEncoderPixelDecoder
+from mask2former_plugin.modeling.recomputation import recompute_activations
 
 
 def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
@@ -19,7 +20,8 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.M
         input_shape: shapes of all backbone outputs.
 
     Raises:
-        ValueError: the registered class has no ``forward_features`` and so is no pixel decoder.
+        ValueError: the registered class has no ``forward_features`` and so is no pixel decoder, or has no layers to
+            recompute, though ``MODEL.SEM_SEG_HEAD.USE_CHECKPOINT`` asks for it.
     """
     name = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
     decoder = SEM_SEG_HEADS_REGISTRY.get(name)(cfg, input_shape)
@@ -27,6 +29,8 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.M
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME: {name} is no pixel decoder, it has no forward_features"
         )
+    if cfg.MODEL.SEM_SEG_HEAD.USE_CHECKPOINT:
+        recompute_activations(decoder, "MODEL.SEM_SEG_HEAD.USE_CHECKPOINT")
     return decoder
 
 

@@ -22,6 +22,7 @@ from mask2former_plugin.modeling.pixel_decoders.fpn import (
     output_conv,
     select_levels,
 )
+from mask2former_plugin.modeling.recomputation import RunsLayers
 
 # fixed in the published models, whatever the config says
 FEEDFORWARD = 1024
@@ -58,7 +59,7 @@ class _LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class DeformableEncoder(nn.Module):
+class DeformableEncoder(RunsLayers):
     """Deformable encoder over several maps that are given from coarse to fine."""
 
     def __init__(
@@ -95,7 +96,7 @@ class DeformableEncoder(nn.Module):
             ]
         )
         for layer in self.encoder.layers:
-            x = layer(x, pos, sizes, points)
+            x = self.run_layer(layer, x, pos, sizes, points)
         levels = x.transpose(1, 2).split([h * w for h, w in sizes], dim=2)
         return [level.unflatten(2, size) for level, size in zip(levels, sizes)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from torch import nn
 
+from mask2former_plugin.modeling.recomputation import recompute_activations
 from mask2former_plugin.modeling.transformer_decoders.masked import MultiScaleMaskedTransformerDecoder
 from mask2former_plugin.modeling.transformer_decoders.registry import TRANSFORMER_DECODER_REGISTRY
 from mask2former_plugin.modeling.transformer_decoders.standard import StandardTransformerDecoder
@@ -16,10 +17,15 @@ def build_transformer_decoder(cfg: CfgNode, in_channels: int, mask_classificatio
     Args:
         in_channels: channels of the feature maps that it reads.
         mask_classification: whether it predicts a class for every query.
+
+    Raises:
+        ValueError: it has no layers to recompute, though ``MODEL.MASK_FORMER.USE_CHECKPOINT`` asks for it.
     """
-    return TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)(
-        cfg, in_channels, mask_classification
-    )
+    decoder_class = TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)
+    decoder = decoder_class(cfg, in_channels, mask_classification)
+    if cfg.MODEL.MASK_FORMER.USE_CHECKPOINT:
+        recompute_activations(decoder, "MODEL.MASK_FORMER.USE_CHECKPOINT")
+    return decoder
 
 
 __all__ = [

@@ -14,6 +14,7 @@ from mask2former_plugin.modeling.layers.mlp import MLP
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.layers.transformer import xavier_init
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
+from mask2former_plugin.modeling.recomputation import RunsLayers
 from mask2former_plugin.modeling.transformer_decoders.projection import input_projection
 from mask2former_plugin.modeling.transformer_decoders.registry import TRANSFORMER_DECODER_REGISTRY
 
@@ -90,7 +91,7 @@ def allowed_places(embed: Tensor, features: Tensor) -> Tensor:
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
-class MultiScaleMaskedTransformerDecoder(nn.Module):
+class MultiScaleMaskedTransformerDecoder(RunsLayers):
     """Queries attend, layer by layer and level by level, to the inside of the masks that they predicted before."""
 
     multi_scale_input = True
@@ -228,9 +229,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             level = number % NUM_LEVELS
             allowed = allowed_places(predictions[-1]["mask_logits"].embed, mask_levels[level])
             cross_attention = self.transformer_cross_attention_layers[number]
-            output = cross_attention(output, query_pos, keys[level], memories[level], allowed)
-            output = self.transformer_self_attention_layers[number](output, query_pos)
-            output = self.transformer_ffn_layers[number](output)
+            output = self.run_layer(cross_attention, output, query_pos, keys[level], memories[level], allowed)
+            output = self.run_layer(self.transformer_self_attention_layers[number], output, query_pos)
+            output = self.run_layer(self.transformer_ffn_layers[number], output)
             predictions.append(self._predict(output, mask_features))
         *auxiliary, prediction = predictions
         prediction["aux_outputs"] = auxiliary
