@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mask2former_plugin.modeling.layers.linear import Linear, linear
+
 
 class MultiheadAttention(nn.Module):
     """Batch-first multi-head attention that never builds the attention matrix where the device can avoid it.
@@ -32,7 +34,7 @@ class MultiheadAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = Linear(embed_dim, embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,11 +58,11 @@ class MultiheadAttention(nn.Module):
         """
         width = self.embed_dim
         if query is key:
-            q, k = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, dim=2)
+            q, k = linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, dim=2)
         else:
-            q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
-            k = F.linear(key, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
-        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+            q = linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
+            k = linear(key, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
+        v = linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
+from mask2former_plugin.modeling.layers.linear import Linear, token_wise
 from mask2former_plugin.modeling.recomputation import RunsLayers
 
 
@@ -24,8 +25,8 @@ class TransformerEncoderLayer(nn.Module):
         self.pre_norm = pre_norm
         self.dropout = nn.Dropout(dropout)
         self.self_attn = MultiheadAttention(width, num_heads, dropout)
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
+        self.linear1 = Linear(width, feedforward)
+        self.linear2 = Linear(feedforward, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
@@ -34,15 +35,17 @@ class TransformerEncoderLayer(nn.Module):
         return self.dropout(self.self_attn(query, query, x))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        hidden = self.dropout(F.relu(self.linear1(self.norm2(x) if self.pre_norm else x)))
+        x = x + self.dropout(self.linear2(hidden))
+        return x if self.pre_norm else self.norm2(x)
 
     def forward(self, x: Tensor, pos: Tensor) -> Tensor:
         """``x`` ``[B, S, C]`` and its position encoding ``[S, C]`` to ``[B, S, C]``."""
         if self.pre_norm:
             x = x + self._attend(self.norm1(x), pos)
-            return x + self._feed(self.norm2(x))
-        x = self.norm1(x + self._attend(x, pos))
-        return self.norm2(x + self._feed(x))
+        else:
+            x = self.norm1(x + self._attend(x, pos))
+        return token_wise(self._feed, x, self.linear1.out_features)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -54,8 +57,8 @@ class TransformerDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.self_attn = MultiheadAttention(width, num_heads, dropout)
         self.multihead_attn = MultiheadAttention(width, num_heads, dropout)
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
+        self.linear1 = Linear(width, feedforward)
+        self.linear2 = Linear(feedforward, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)

@@ -14,6 +14,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
+from mask2former_plugin.modeling.layers.linear import Linear, token_wise
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -39,8 +40,8 @@ class DeformableEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.self_attn = MSDeformAttn(width, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
+        self.linear1 = Linear(width, feedforward)
+        self.linear2 = Linear(feedforward, width)
         self.norm2 = nn.LayerNorm(width)
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
@@ -48,6 +49,9 @@ class DeformableEncoderLayer(nn.Module):
     def forward(self, x: Tensor, pos: Tensor, sizes: list[tuple[int, int]], points: Tensor) -> Tensor:
         """Tokens ``[B, S, C]`` with position encoding ``[S, C]`` and places ``[S, 2]`` to ``[B, S, C]``."""
         x = self.norm1(x + self.dropout(self.self_attn(x + pos, x, sizes, points)))
+        return token_wise(self._feed, x, self.linear1.out_features)
+
+    def _feed(self, x: Tensor) -> Tensor:
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 

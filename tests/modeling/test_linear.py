@@ -1,0 +1,119 @@
+"""Linear layers through the convolution against ``F.linear``, and token-wise functions in pieces against one call."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mask2former_plugin.modeling.layers import linear as module
+from mask2former_plugin.modeling.layers.linear import Linear, linear, token_wise
+
+# float32, sums of up to 96 products of size 1: about ten times the rounding of one sum
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+needs_fast_path = pytest.mark.skipif(
+    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
+    reason="this torch has no MKL or no oneDNN, F.linear is used everywhere",
+)
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """Counts the convolutions that are called."""
+    calls = []
+    original = F.conv2d
+    monkeypatch.setattr(module.F, "conv2d", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+@needs_fast_path
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(300, 96), (2, 257, 33), (2, 3, 101, 8), (1, 256, 1)], ids=lambda shape: "x".join(map(str, shape))
+)
+def test_values_and_gradients(convolutions, shape, bias):
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(shape), torch.randn(17, shape[-1]), torch.randn(17) if bias else None
+    inputs = [t.requires_grad_() for t in (x, weight, b) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    output = linear(x, weight, b)
+    assert convolutions and output.is_contiguous() and output.dtype == torch.float32
+    expected = F.linear(*exact)
+    torch.testing.assert_close(output, expected.float(), **TOLERANCE)
+    noise = torch.randn(output.shape)
+    actual = torch.autograd.grad((output * noise).sum(), inputs)
+    wanted = torch.autograd.grad((expected * noise).sum(), exact)
+    for one, other in zip(actual, wanted):
+        # gradients of the weights are sums over up to 606 rows
+        torch.testing.assert_close(one, other.float(), rtol=0, atol=2e-4)
+
+
+@needs_fast_path
+def test_any_memory_layout(convolutions):
+    torch.manual_seed(1)
+    weight = torch.randn(5, 12)
+    for x in (
+        torch.randn(2, 12, 400).transpose(1, 2),
+        torch.randn(2, 500, 24)[:, ::2, ::2],
+        torch.randn(2, 12, 20, 21).permute(0, 2, 3, 1),
+        torch.randn(1, 1, 12).expand(2, 300, 12),
+    ):
+        convolutions.clear()
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), **TOLERANCE)
+        assert convolutions
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize(
+    "x, context",
+    [
+        (torch.randn(600, 8, dtype=torch.float64), torch.no_grad()),
+        (torch.randn(600, 8, dtype=torch.bfloat16), torch.no_grad()),
+        (torch.randn(255, 8), torch.no_grad()),
+        (torch.randn(0, 8), torch.no_grad()),
+        (torch.randn(600, 8), torch.autocast("cpu", torch.bfloat16)),
+        (torch.randn(600, 8), torch.backends.mkldnn.flags(enabled=False)),
+    ],
+    ids=["float64", "bfloat16", "few rows", "no rows", "autocast", "oneDNN off"],
+)
+def test_everything_else_is_the_plain_operator(convolutions, x, context):
+    layer = Linear(8, 3).to(x.dtype)
+    with context:
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not convolutions
+
+
+def test_compilers_and_tracers_see_the_plain_operator(convolutions):
+    layer, x = Linear(8, 3), torch.randn(600, 8)
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    assert not convolutions
+    assert "aten::linear" in str(torch.jit.trace(layer, x).graph)
+
+
+def test_parameters_have_the_names_of_a_linear_layer():
+    plain, ours = nn.Linear(3, 4), Linear(3, 4)
+    ours.load_state_dict(plain.state_dict(), strict=True)
+    assert isinstance(ours, nn.Linear)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 6), (71, 6), (0, 6)])
+def test_pieces_give_what_the_whole_gives(monkeypatch, shape):
+    monkeypatch.setattr(module, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(module, "_CACHED_VALUES", 160)
+    lengths = []
+    layer = nn.Linear(6, 4).double()
+
+    def function(x):
+        lengths.append(x.numel() // 6)
+        return layer(x).relu()
+
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = layer(x).relu()
+    with torch.no_grad():
+        output = token_wise(function, x, hidden=16)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
+    assert max(lengths) <= 10 and sum(lengths) == x.numel() // 6
+    lengths.clear()
+    torch.testing.assert_close(token_wise(function, x, hidden=16), expected, rtol=0, atol=1e-14)
+    assert lengths == [x.numel() // 6]  # with gradients in one piece
