@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear
+from mask2former_plugin.modeling.layers.linear import Linear, traced
 from mask2former_plugin.modeling.ops import ms_deform_attn
 
 
@@ -28,6 +28,14 @@ def _level_sizes(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.dev
         torch.full((1,), n, device=device, dtype=dtype) for height, width in spatial_shapes for n in (width, height)
     ]
     return torch.cat(numbers).unflatten(0, (-1, 2))
+
+
+def softmax_of_few(logits: Tensor) -> Tensor:
+    """Softmax over a short last dimension; PyTorch's own works row by row on CPUs, which is slow for short rows."""
+    if logits.device.type != "cpu" or traced():
+        return logits.softmax(-1)
+    shares = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    return shares / shares.sum(-1, keepdim=True)
 
 
 class MSDeformAttn(nn.Module):
@@ -89,9 +97,11 @@ class MSDeformAttn(nn.Module):
         """
         samples = (self.num_heads, self.num_levels, self.num_points)
         values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).unflatten(2, (*samples, 2)).to(points.dtype)
-        weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(dim=3, dtype=points.dtype)
+        offsets = self.sampling_offsets(query).to(points.dtype)
+        # rows as long as those of the offsets: broadcasting over pairs and points costs more than the arithmetic
         sizes = _level_sizes(spatial_shapes, device=query.device, dtype=points.dtype)
-        locations = points[:, None, None, None] + offsets / sizes[:, None]
+        sizes = sizes[:, None].expand(*samples, 2).flatten()
+        locations = torch.addcdiv(points.repeat(1, offsets.shape[2] // 2), offsets, sizes).unflatten(2, (*samples, 2))
+        weights = softmax_of_few(self.attention_weights(query).to(points.dtype).unflatten(2, (self.num_heads, -1)))
         attended = ms_deform_attn(values, spatial_shapes, locations, weights.unflatten(3, samples[1:]))
         return self.output_proj(attended)

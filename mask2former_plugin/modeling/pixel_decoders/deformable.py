@@ -22,6 +22,7 @@ from mask2former_plugin.modeling.pixel_decoders.fpn import (
     lateral_conv,
     output_conv,
     select_levels,
+    upsampled_like,
 )
 from mask2former_plugin.modeling.recomputation import RunsLayers
 
@@ -89,7 +90,7 @@ class DeformableEncoder(RunsLayers):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Maps ``[B, C, H_l, W_l]`` to maps of the same shapes."""
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
-        x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         # the places need at least float32, whatever the features are
         points = reference_points(sizes, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         pos = torch.cat(
@@ -101,8 +102,8 @@ class DeformableEncoder(RunsLayers):
         )
         for layer in self.encoder.layers:
             x = self.run_layer(layer, x, pos, sizes, points)
-        levels = x.transpose(1, 2).split([h * w for h, w in sizes], dim=2)
-        return [level.unflatten(2, size) for level, size in zip(levels, sizes)]
+        levels = x.split([h * w for h, w in sizes], dim=1)
+        return [level.unflatten(1, size).permute(0, 3, 1, 2) for level, size in zip(levels, sizes)]
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -209,8 +210,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         maps = self.transformer(projected)
         for number in range(len(self.fpn_features), 0, -1):
             lateral = self.get_submodule(f"adapter_{number}")(features[self.fpn_features[number - 1]])
-            upsampled = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            maps.append(self.get_submodule(f"layer_{number}")(lateral + upsampled))
+            x = lateral + upsampled_like(maps[-1], lateral, "bilinear")
+            maps.append(self.get_submodule(f"layer_{number}")(x))
         return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
 
     def forward(self, features: dict[str, Tensor]) -> PixelFeatures:

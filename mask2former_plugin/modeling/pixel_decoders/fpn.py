@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -49,6 +50,14 @@ def output_conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
     )
     weight_init.c2_xavier_fill(conv)
     return conv
+
+
+def upsampled_like(x: Tensor, lateral: Tensor, mode: str) -> Tensor:
+    """``x`` resized to the size of ``lateral``, in its memory layout: sums of different layouts are slow."""
+    channels_last = lateral.is_contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    corners = None if mode == "nearest" else False
+    return F.interpolate(x, size=lateral.shape[-2:], mode=mode, align_corners=corners)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -115,8 +124,8 @@ class BasePixelDecoder(nn.Module):
         maps = [self.get_submodule(f"layer_{top}")(x)]
         for number in range(top - 1, 0, -1):
             lateral = self.get_submodule(f"adapter_{number}")(features[self.in_features[number - 1]])
-            upsampled = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")
-            maps.append(self.get_submodule(f"layer_{number}")(lateral + upsampled))
+            x = lateral + upsampled_like(maps[-1], lateral, "nearest")
+            maps.append(self.get_submodule(f"layer_{number}")(x))
         return self.mask_features(maps[-1]), encoder_features, maps[:NUM_DECODER_LEVELS]
 
     def forward(self, features: dict[str, Tensor]) -> PixelFeatures:

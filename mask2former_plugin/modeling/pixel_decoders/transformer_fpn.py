@@ -88,5 +88,5 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
         size = x.shape[-2:]
         pos = sine_position_encoding(size, x.shape[1], device=x.device, dtype=x.dtype)
         tokens = self.transformer.encoder(x.flatten(2).transpose(1, 2), pos.flatten(0, 1))
-        encoded = tokens.transpose(1, 2).unflatten(2, size)
+        encoded = tokens.unflatten(1, size).permute(0, 3, 1, 2)
         return encoded, encoded
