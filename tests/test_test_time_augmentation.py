@@ -256,7 +256,7 @@ def test_disagreeing_passes_are_averaged():
     probability = fused.class_logits().softmax(1)
     torch.testing.assert_close(probability[0, 0], torch.tensor(0.8))
     torch.testing.assert_close(probability[1, 1], torch.tensor(0.8))
-    rows = fused.masks(torch.tensor([0, 1]), (32, 32)).rows(0, 32).sigmoid()
+    rows = fused.masks(torch.tensor([0, 1]), (32, 32)).block((0, 32), (0, 32)).sigmoid()
     first = passes[0].masks.dense()[0].sigmoid()
     second = passes[1].masks.dense()[0].sigmoid()
     torch.testing.assert_close(rows[0], (first[0] + second[1]) / 2)
@@ -266,7 +266,7 @@ def test_disagreeing_passes_are_averaged():
 def test_mirrored_pass_is_mirrored_back():
     mirrored = [(y0, y1, 32 - x1, 32 - x0) for y0, y1, x0, x1 in (LEFT, RIGHT)]
     fused = FusedPasses([make_pass([0, 1], [LEFT, RIGHT]), make_pass([0, 1], mirrored, flipped=True)])
-    rows = fused.masks(torch.tensor([0, 1]), (32, 32)).rows(0, 32)
+    rows = fused.masks(torch.tensor([0, 1]), (32, 32)).block((0, 32), (0, 32))
     torch.testing.assert_close(rows, box_masks(LEFT, RIGHT).dense()[0])
     assert len(fused.class_logits()) == 2
 
@@ -278,7 +278,7 @@ def test_object_of_one_pass_keeps_its_mask_and_halves_its_score():
     probability = fused.class_logits().softmax(1)
     assert len(probability) == 3  # two queries of the first pass, and what only the second one found
     torch.testing.assert_close(probability[2, 1], torch.tensor(0.45))
-    rows = fused.masks(torch.tensor([2]), (32, 32)).rows(0, 32)
+    rows = fused.masks(torch.tensor([2]), (32, 32)).block((0, 32), (0, 32))
     torch.testing.assert_close(rows[0], box_masks(RIGHT).dense()[0, 0])
 
 

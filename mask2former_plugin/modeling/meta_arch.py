@@ -19,7 +19,6 @@ from mask2former_plugin.modeling.inference import (
     PanopticTask,
     SemanticTask,
     needed_queries,
-    resized_scores,
     run_tasks,
 )
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
@@ -204,9 +203,7 @@ class MaskFormer(nn.Module):
         queries = needed_queries(tasks)
         logits = masks.select(torch.full(queries.shape, index), queries)
         image_masks = ImageMasks(logits, padded_size, image_size, output_size if resize_masks else image_size)
-        if resize_masks:
-            return run_tasks(tasks, queries, image_masks)
-        return {SemanticTask.name: resized_scores(class_logits, image_masks, output_size)}
+        return run_tasks(tasks, queries, image_masks)
 
     def inference_tasks(
         self, class_logits: Tensor, size: tuple[int, int]

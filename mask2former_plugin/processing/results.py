@@ -119,16 +119,10 @@ class PostProcessing:
         predictions = Predictions(outputs, target_sizes, pixel_mask)
         results: list[Any] = []
         for index, class_logits, size in predictions:
+            found = predictions.run(index, SemanticTask(class_logits, size, label_map=not return_segmentation_scores))
             if return_segmentation_scores:
-                scores = predictions.run(index, SemanticTask(class_logits, size))
-                results.append({"segmentation": scores.argmax(0), "segmentation_scores": scores})
-                continue
-            task = SemanticTask(class_logits, (0, 0))  # scores of a strip at a time, never of the whole image
-            masks = predictions.image_masks(index, task.queries)
-            labels = torch.empty(size, dtype=torch.int64, device=class_logits.device)
-            for start, stop in masks.strips():
-                labels[start:stop] = task.scores(masks.rows(start, stop).sigmoid()).argmax(0)
-            results.append(labels)
+                found = {"segmentation": found.argmax(0), "segmentation_scores": found}
+            results.append(found)
         return results
 
     @torch.no_grad()

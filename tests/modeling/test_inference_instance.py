@@ -1,7 +1,9 @@
-"""Instances from strips equal the dense formula, pixel for pixel, with true boxes."""
+"""Instances from tiles equal the dense formula, pixel for pixel, with true boxes."""
 
+import pycocotools.mask
 import pytest
 import torch
+import torch.nn.functional as F
 from inference_reference import instances, upsampled
 
 from mask2former_plugin.modeling.inference import ImageMasks, InstanceTask, needed_queries, run_tasks, upsampling
@@ -13,6 +15,17 @@ def infer(class_logits, logits, **options):
     task = InstanceTask(class_logits, OUTPUT, **options)
     queries = needed_queries([task])
     return run_tasks([task], queries, ImageMasks(logits[queries], PADDED, IMAGE, OUTPUT))["instances"]
+
+
+def decoded(found):
+    """Instances with run lengths as instances with masks."""
+    assert not found.has("pred_masks") and len(found.pred_masks_rle) == len(found)
+    for code in found.pred_masks_rle:
+        assert code["size"] == list(OUTPUT) and type(code["counts"]) is str
+    masks = [torch.from_numpy(pycocotools.mask.decode(code)).bool() for code in found.pred_masks_rle]
+    found.remove("pred_masks_rle")
+    found.pred_masks = torch.stack(masks) if masks else torch.zeros((0, *OUTPUT), dtype=torch.bool)
+    return found
 
 
 def check(found, expected):
@@ -32,16 +45,47 @@ def check(found, expected):
         remaining.remove(match[0])
 
 
-@pytest.mark.parametrize("strip_values", [1, 5000, 2**21])
+@pytest.mark.parametrize("tile", [(1, 9), (16, 16), (200, 200)])
 @pytest.mark.parametrize("top_k", [3, 12, 1000])
-def test_equals_the_dense_formula(monkeypatch, strip_values, top_k):
-    monkeypatch.setitem(upsampling._STRIP_VALUES, "cpu", strip_values)
+def test_equals_the_dense_formula(monkeypatch, tile, top_k):
+    monkeypatch.setitem(upsampling._TILE, "cpu", (tile, tile))
     class_logits, logits = torch.randn(9, 5) * 2, torch.randn(9, 16, 24) * 4
     logits[4] = -3.0  # an empty mask
-    check(
-        infer(class_logits, logits, top_k=top_k),
-        instances(class_logits, upsampled(logits, PADDED, IMAGE, OUTPUT), top_k),
-    )
+    logits[5] = 3.0  # the whole image
+    expected = instances(class_logits, upsampled(logits, PADDED, IMAGE, OUTPUT), top_k)
+    check(infer(class_logits, logits, top_k=top_k), expected)
+    check(decoded(infer(class_logits, logits, top_k=top_k, encoded=True)), expected)
+
+
+@pytest.mark.parametrize("mask_threshold", [0.2, 0.5, 0.9])
+def test_masks_in_few_of_the_tiles(monkeypatch, mask_threshold):
+    monkeypatch.setitem(upsampling._TILE, "cpu", ((8, 8), (8, 8)))
+    class_logits = torch.randn(20, 5) * 2
+    logits = F.interpolate(torch.randn(1, 20, 5, 7) * 9 - 12, size=(16, 24), mode="bicubic")[0]
+    threshold = float(torch.tensor(mask_threshold, dtype=torch.float64).logit())
+    dense = upsampled(logits, PADDED, IMAGE, OUTPUT)
+    for options in ({}, {"encoded": True}):
+        found = infer(class_logits, logits, top_k=60, mask_threshold=mask_threshold, **options)
+        found = decoded(found) if options else found
+        masks = {(int(c), m.numpy().tobytes()) for c, m in zip(found.pred_classes, found.pred_masks)}
+        best = (class_logits.softmax(1)[:, :-1]).flatten().topk(60).indices.tolist()
+        assert masks == {(pair % 4, (dense[pair // 4] > threshold).numpy().tobytes()) for pair in best}
+        for mask, box, score in zip(found.pred_masks, found.pred_boxes.tensor.tolist(), found.scores.tolist()):
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            assert (score > 0) == bool(len(rows))
+            if len(rows):
+                assert box == [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    class_logits, logits = torch.randn(9, 5) * 2, torch.randn(9, 16, 24) * 4
+    dense = infer(class_logits, logits, top_k=20)
+    encoded = infer(class_logits, logits, top_k=20, encoded=True)
+    for field in ("scores", "pred_classes"):
+        assert torch.equal(dense.get(field), encoded.get(field))
+    for mask, code in zip(dense.pred_masks, encoded.pred_masks_rle):
+        expected = pycocotools.mask.encode(mask.numpy().astype("uint8", order="F"))
+        assert code == {"size": expected["size"], "counts": expected["counts"].decode()}
 
 
 @pytest.mark.parametrize("things_first", [False, True])
@@ -58,6 +102,10 @@ def test_things_only(things_first):
 def test_no_thing_class(things_first):
     found = infer(torch.randn(9, 5), torch.randn(9, 16, 24), top_k=10, thing_classes=(), things_first=things_first)
     assert len(found) == 0
+    encoded = infer(
+        torch.randn(9, 5), torch.randn(9, 16, 24), top_k=10, thing_classes=(), things_first=things_first, encoded=True
+    )
+    assert len(encoded) == 0 and encoded.pred_masks_rle == []
     assert found.pred_masks.shape == (0, *OUTPUT) and found.pred_boxes.tensor.shape == (0, 4)
 
 

@@ -1,4 +1,4 @@
-"""Panoptic maps from strips equal the dense formula, pixel for pixel."""
+"""Panoptic maps from tiles equal the dense formula, pixel for pixel."""
 
 import pytest
 import torch
@@ -39,8 +39,9 @@ def infer(class_logits, logits, score_threshold, overlap_threshold, require_mask
 
 @pytest.mark.parametrize("require_mask", [True, False])
 @pytest.mark.parametrize(("score_threshold", "overlap_threshold"), [(0.0, 0.0), (0.3, 0.3), (0.4, 0.5)])
-def test_equals_the_dense_formula(monkeypatch, require_mask, score_threshold, overlap_threshold):
-    monkeypatch.setitem(upsampling._STRIP_VALUES, "cpu", 20_000)
+@pytest.mark.parametrize("tile", [(5, 7), (16, 16), (200, 200)])
+def test_equals_the_dense_formula(monkeypatch, tile, require_mask, score_threshold, overlap_threshold):
+    monkeypatch.setitem(upsampling._TILE, "cpu", (tile, tile))
     several = 0
     for _ in range(4):
         class_logits, logits = torch.randn(25, 6) * 2, smooth_logits(25)
@@ -55,6 +56,33 @@ def test_equals_the_dense_formula(monkeypatch, require_mask, score_threshold, ov
         several += len(segments)
         assert all(type(value) in (int, bool) for segment in segments for value in segment.values())
     assert several > 4
+
+
+@pytest.mark.parametrize("require_mask", [True, False])
+@pytest.mark.parametrize("tile", [(8, 8), (30, 50)])
+def test_equals_the_dense_formula_where_most_tiles_are_clear(monkeypatch, tile, require_mask):
+    """Large regions with one sure winner, with none, and masks that end under the mask of a better one."""
+    monkeypatch.setitem(upsampling._TILE, "cpu", (tile, tile))
+    for _ in range(4):
+        class_logits = torch.randn(12, 6) * 4
+        logits = torch.full((12, 24, 32), -9.0)
+        for q, (top, left, height, width) in enumerate(torch.randint(1, 20, (12, 4)).tolist()):
+            logits[q, top : top + height, left : left + width] = 9.0
+        logits[3] = 4.0
+        found, segments = infer(class_logits, logits, 0.2, 0.1, require_mask)
+        dense = upsampled(logits, PADDED, IMAGE, OUTPUT)
+        expected, expected_segments = panoptic(class_logits, dense, THINGS, 0.2, 0.1, require_mask)
+        assert segments == expected_segments
+        assert torch.equal(found, expected)
+
+
+def test_first_of_equally_good_queries_wins():
+    class_logits = torch.full((3, 6), -20.0)
+    class_logits[[0, 1, 2], [0, 2, 3]] = 20.0
+    logits = torch.randn(1, 24, 32).expand(3, -1, -1).contiguous()
+    found, segments = infer(class_logits, logits, 0.5, 0.0, True)
+    assert segments == [{"id": 1, "isthing": True, "category_id": 0}]
+    assert torch.equal(found == 1, upsampled(logits, PADDED, IMAGE, OUTPUT)[0] >= 0)
 
 
 def test_stuff_of_one_class_is_one_segment_and_things_are_not():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from mask2former_plugin.modeling.inference.instance_masks import DenseMasks, RunLengthMasks
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
+from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Tiles
 
 
 class InstanceTask:
@@ -24,6 +28,7 @@ class InstanceTask:
         things_first: True: ``top_k`` among thing classes; False: stuff is dropped afterwards, so that fewer remain
             (published).
         mask_threshold: a mask is where the mask probability is above it.
+        encoded: give COCO's run lengths, never dense masks.
     """
 
     name = "instances"
@@ -37,6 +42,7 @@ class InstanceTask:
         thing_classes: Collection[int] | None = None,
         things_first: bool = False,
         mask_threshold: float = 0.5,
+        encoded: bool = False,
     ) -> None:
         probability = class_probabilities(class_logits)[:, :-1]
         classes = torch.arange(probability.shape[1], device=probability.device)
@@ -50,46 +56,76 @@ class InstanceTask:
         scores, pairs = probability.flatten().topk(min(top_k, probability.numel()), sorted=False)
         number = max(1, len(classes))
         keep = is_thing[pairs % number]
-        self._scores, pairs = scores[keep], pairs[keep]
-        self._classes = classes[pairs % number]
+        scores, pairs = scores[keep], pairs[keep]
         # a query may give several instances; its mask is computed once
-        self.queries, self._query_of = torch.unique(pairs // number, return_inverse=True)
+        self.queries, query_of = torch.unique(pairs // number, return_inverse=True)
+        order = _first_of_each_first(query_of.tolist(), len(self.queries))
+        # the first masks are those of the queries, the others repeat them
+        self._sources = query_of[order]
+        self._scores, self._classes = scores[order], classes[pairs[order] % number]
         self._size = tuple(size)
-        self._logit_threshold = torch.tensor(mask_threshold, dtype=torch.float64).logit().item()
-        device, distinct = class_logits.device, len(self.queries)
-        self._masks = torch.zeros((len(pairs), *size), dtype=torch.bool, device=device)
-        self._rows = torch.zeros((distinct, size[0]), dtype=torch.bool, device=device)
-        self._columns = torch.zeros((distinct, size[1]), dtype=torch.bool, device=device)
-        self._area = torch.zeros(distinct, dtype=torch.float64, device=device)
-        self._inside = torch.zeros_like(self._area)
+        self._encoded = encoded
+        self._threshold = torch.tensor(mask_threshold, dtype=torch.float64).logit().item()
 
-    def update(self, start: int, logits: Tensor, probability: Tensor) -> None:
-        """Take the rows from ``start`` on: mask logits and mask probabilities of ``queries``, ``[Q, rows, W]``."""
-        mask = logits > self._logit_threshold
-        rows = slice(start, start + mask.shape[1])
-        self._masks[:, rows] = mask[self._query_of]
-        self._rows[:, rows] = mask.any(2)
-        self._columns |= mask.any(1)
-        self._area += mask.flatten(1).sum(1)
-        self._inside += (probability * mask).flatten(1).sum(1)
-
-    def result(self) -> Instances:
+    def run(self, masks: ImageMasks) -> Instances:
         """Instances, unsorted.
 
+        Args:
+            masks: logits of ``queries``.
+
         Returns:
-            ``pred_masks`` bool ``[N, H, W]``, ``pred_boxes`` around the masks (zeros for an empty mask), ``scores`` and
-            ``pred_classes``.
+            ``pred_masks`` bool ``[N, H, W]``, or ``pred_masks_rle``, a list of COCO's run lengths; ``pred_boxes``
+            around the masks (zeros for an empty mask), ``scores`` and ``pred_classes``.
         """
-        left, right = _extent(self._columns)
-        top, bottom = _extent(self._rows)
-        boxes = torch.stack([left, top, right, bottom], dim=1).to(torch.float32)
-        mask_scores = (self._inside / (self._area + 1e-6)).to(self._scores.dtype)
+        distinct, device, threshold = len(self.queries), masks.device, self._threshold
+        if self._encoded:
+            kept: DenseMasks | RunLengthMasks = RunLengthMasks(self._size, device)
+        else:
+            kept = DenseMasks(len(self._sources), self._size, device)
+        area, inside = torch.zeros((2, distinct), dtype=torch.float64, device=device)
+        # the largest logit of each row and of each column tells where a mask begins and ends
+        row_peaks, column_peaks = (
+            torch.full((distinct, length), -math.inf, dtype=masks.dtype, device=device) for length in self._size
+        )
+        buffers = Buffers(device)
+        # a tile where the bound says that there is no mask is left out
+        tiles = Tiles.of(self._size, device)
+        occupied = ~(masks.bounds(tiles.rows, tiles.columns)[1] < threshold)
+        for (rows, columns), visible in zip(tiles, occupied.T):
+            positions = visible.nonzero()[:, 0].to(device)
+            if not len(positions):
+                continue
+            logits = masks.block(rows, columns, positions, buffers)
+            mask = torch.gt(logits, threshold, out=buffers("mask", logits.shape, torch.bool))
+            kept.put(positions, rows, columns, mask)
+            for peaks, (start, stop), dim in ((row_peaks, rows, 2), (column_peaks, columns, 1)):
+                part = peaks[:, start:stop]
+                part[positions] = torch.maximum(part[positions], logits.amax(dim))
+            area[positions] += mask.view(torch.uint8).flatten(1).sum(1, dtype=torch.int32)
+            # outside of the mask the probability becomes 0
+            probability = F.threshold_(logits, threshold, -math.inf).sigmoid_()
+            inside[positions] += probability.flatten(1).sum(1)
+
+        left, right = _extent(column_peaks > threshold)
+        top, bottom = _extent(row_peaks > threshold)
+        boxes = torch.stack([left, top, right, bottom], dim=1)
+        mask_scores = (inside / (area + 1e-6)).to(self._scores.dtype)
         instances = Instances(self._size)
-        instances.pred_masks = self._masks
-        instances.pred_boxes = Boxes(boxes[self._query_of])
-        instances.scores = self._scores * mask_scores[self._query_of]
+        instances.set(kept.field, kept.result(self._sources.tolist(), boxes))
+        instances.pred_boxes = Boxes(boxes[self._sources].to(torch.float32))
+        instances.scores = self._scores * mask_scores[self._sources]
         instances.pred_classes = self._classes
         return instances
+
+
+def _first_of_each_first(groups: Sequence[int], number: int) -> list[int]:
+    """An order of the entries that begins with one of each group 0 … ``number`` - 1."""
+    first: dict[int, int] = {}
+    rest = []
+    for i, group in enumerate(groups):
+        if first.setdefault(group, i) != i:
+            rest.append(i)
+    return [first[group] for group in range(number)] + rest
 
 
 def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:

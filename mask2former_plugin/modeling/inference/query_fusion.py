@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
-from mask2former_plugin.modeling.inference.upsampling import ImageMasks, strips
+from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Range
 from mask2former_plugin.modeling.mask_logits import MaskLogits
 
 _POINTS_PER_SIDE = 112  # where masks are compared; as many points as the matcher of the training takes
@@ -132,13 +132,12 @@ class FusedPasses:
         parts = []
         for one, queries in zip(self._passes, self._members[groups].T):
             positions = (queries >= 0).nonzero()[:, 0]
-            if len(positions):
-                parts.append((one.image_masks(queries[positions], size), one.flipped, positions))
+            parts.append((one.image_masks(queries[positions], size), one.flipped, positions))
         return FusedMasks(parts, len(groups), size)
 
 
 class FusedMasks:
-    """Mask logits of groups at the size of the result, in rows; used like :class:`ImageMasks`.
+    """Mask logits of groups at the size of the result, in tiles; used like :class:`ImageMasks`.
 
     Args:
         parts: per pass: masks, whether they are mirrored, and the group of each mask.
@@ -148,23 +147,45 @@ class FusedMasks:
 
     def __init__(self, parts: Sequence[tuple[ImageMasks, bool, Tensor]], number: int, size: tuple[int, int]) -> None:
         self.size = tuple(size)
+        self.device, self.dtype = parts[0][0].device, parts[0][0].dtype
         self._parts = parts
         self._number = number
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of the mean probabilities of the rows ``start:stop``, ``[G, stop - start, W]``."""
-        total, count = None, None
+    def select(self, groups: Tensor) -> FusedMasks:
+        """The masks of some of the groups."""
+        parts = []
         for masks, flipped, positions in self._parts:
-            probability = masks.rows(start, stop).sigmoid()
-            if flipped:
-                probability = probability.flip(2)
-            if total is None:
-                total = probability.new_zeros((self._number, *probability.shape[1:]))
-                count = probability.new_zeros(self._number)
-            total.index_add_(0, positions, probability)
-            count[positions] += 1
+            new, old = (groups[:, None] == positions).nonzero().T
+            parts.append((masks.select(old), flipped, new))
+        return FusedMasks(parts, len(groups), self.size)
+
+    def block(
+        self, rows: Range, columns: Range, groups: Tensor | None = None, buffers: Buffers | None = None
+    ) -> Tensor:
+        """Logits of the mean probabilities of a part of the result, ``[G, rows, columns]``; see ImageMasks."""
+        if groups is not None:
+            return self.select(groups).block(rows, columns, buffers=buffers)
+        shape = (self._number, rows[1] - rows[0], columns[1] - columns[0])
+        total, count = torch.zeros(shape, dtype=self.dtype, device=self.device), self._count()
+        for masks, flipped, positions in self._parts:
+            probability = masks.block(rows, self._mirrored(columns) if flipped else columns, buffers=buffers).sigmoid_()
+            total.index_add_(0, positions, probability.flip(2) if flipped else probability)
         return (total / count[:, None, None]).logit()
 
-    def strips(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that cover the result."""
-        return strips(*self.size, self._number, self._parts[0][0].logits.device)
+    def bounds(self, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> tuple[Tensor, Tensor]:
+        """Values that the logits do not fall below or exceed, two times ``[G, blocks]`` on the CPU; see ImageMasks."""
+        total = torch.zeros((2, self._number, len(row_ranges) * len(column_ranges)), dtype=self.dtype)
+        for masks, flipped, positions in self._parts:
+            ranges = [self._mirrored(columns) for columns in column_ranges] if flipped else column_ranges
+            for bound, sum_ in zip(masks.bounds(row_ranges, ranges), total):
+                sum_.index_add_(0, positions.cpu(), bound.sigmoid())
+        low, high = (total / self._count().cpu()[:, None]).logit()
+        return low, high
+
+    def _count(self) -> Tensor:
+        """How many passes saw each group."""
+        positions = torch.cat([positions for _, _, positions in self._parts])
+        return torch.bincount(positions, minlength=self._number).to(self.dtype)
+
+    def _mirrored(self, columns: Range) -> Range:
+        return self.size[1] - columns[1], self.size[1] - columns[0]

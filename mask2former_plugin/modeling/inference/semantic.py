@@ -1,11 +1,23 @@
-"""Semantic inference: class scores of every pixel, summed over the queries."""
+"""Semantic inference: class scores of every pixel, summed over the queries, or the class that has most."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mask2former_plugin.modeling.inference.upsampling import ImageMasks, RowResize, strips
+from mask2former_plugin.modeling.inference.upsampling import (
+    AxisResize,
+    Buffers,
+    ImageMasks,
+    Range,
+    Tiles,
+    first_largest,
+    resize_block,
+)
+
+_ROUNDING = 1e-4  # of a sum of products of probabilities, relative; far more than what float32 makes of it
 
 
 def class_probabilities(class_logits: Tensor) -> Tensor:
@@ -18,36 +30,58 @@ class SemanticTask:
 
     Args:
         class_logits: ``[Q, K+1]``.
-        size: height and width of the result.
+        size: height and width of the result. Masks of another size give scores of that size, which are then resized.
+        label_map: give the class with the largest score, never scores of the whole image.
     """
 
     name = "sem_seg"
 
-    def __init__(self, class_logits: Tensor, size: tuple[int, int]) -> None:
+    def __init__(self, class_logits: Tensor, size: tuple[int, int], *, label_map: bool = False) -> None:
         self.queries = torch.arange(class_logits.shape[0], device=class_logits.device)
-        self._weights = class_probabilities(class_logits)[:, :-1].T
-        self._scores = self._weights.new_empty((self._weights.shape[0], *size))
+        self._weights = class_probabilities(class_logits)[:, :-1].T.contiguous()
+        self._size = tuple(size)
+        self._label_map = label_map
 
-    def update(self, start: int, logits: Tensor, probability: Tensor) -> None:
-        """Take the rows from ``start`` on: mask logits and mask probabilities of ``queries``, ``[Q, rows, W]``."""
-        self._scores[:, start : start + probability.shape[1]] = self.scores(probability)
+    def run(self, masks: ImageMasks) -> Tensor:
+        """Scores, not normalised, ``[K, H, W]``; or classes int64 ``[H, W]``.
 
-    def scores(self, probability: Tensor) -> Tensor:
-        """Class scores ``[K, rows, W]`` from mask probabilities ``[Q, rows, W]``."""
-        return (self._weights @ probability.flatten(1)).unflatten(1, probability.shape[1:])
+        Args:
+            masks: logits of all queries.
+        """
+        tiles, device = Tiles.of(self._size, masks.device, all_masks=True), masks.device
+        resize = [AxisResize([lengths], masks.dtype) for lengths in zip(masks.size, self._size)]
+        sources = [
+            [axis.weights(target, device) for target in targets]
+            for axis, targets in zip(resize, (tiles.rows, tiles.columns))
+        ]
+        if self._label_map:
+            result = torch.empty(self._size, dtype=torch.int64, device=device)
+            candidates = self._candidates(masks, *([source for source, _ in axis] for axis in sources))
+        else:
+            result = self._weights.new_empty((len(self._weights), *self._size))
+        buffers = Buffers(device)
+        for t, (rows, columns) in enumerate(tiles):
+            target = result[..., slice(*rows), slice(*columns)]
+            weights = self._weights
+            if self._label_map:
+                classes = candidates[:, t].nonzero()[:, 0].to(device)
+                if len(classes) == 1:
+                    target.copy_(classes)
+                    continue
+                weights = weights[classes]
+            row, column = divmod(t, len(tiles.columns))
+            (row_source, row_weights), (column_source, column_weights) = sources[0][row], sources[1][column]
+            probability = masks.block(row_source, column_source, buffers=buffers).sigmoid_()
+            scores = buffers("scores", (len(weights), *probability.shape[1:]), probability.dtype)
+            torch.mm(weights, probability.flatten(1), out=scores.view(len(weights), -1))
+            if masks.size != self._size:
+                resized = buffers("resized", (len(weights), *target.shape[-2:]), scores.dtype)
+                scores = resize_block(scores, row_weights, column_weights, resized)
+            target.copy_(classes[first_largest(scores)] if self._label_map else scores)
+        return result
 
-    def result(self) -> Tensor:
-        """Scores, not normalised, ``[K, H, W]``."""
-        return self._scores
-
-
-def resized_scores(class_logits: Tensor, masks: ImageMasks, output_size: tuple[int, int]) -> Tensor:
-    """Class scores at the size of ``masks``, then resized, ``[K, *output_size]``: postprocessing after inference."""
-    task = SemanticTask(class_logits, output_size)
-    resize = RowResize(masks.size, output_size, masks.logits.dtype)
-    num_maps = masks.logits.shape[0] + class_logits.shape[1]
-    for start, stop in strips(output_size[0], max(output_size[1], masks.size[1]), num_maps, masks.logits.device):
-        needed = resize.source_rows(start, stop)
-        scores = task.scores(masks.rows(*needed).sigmoid())
-        task.result()[:, start:stop] = resize(scores, start, stop)
-    return task.result()
+    def _candidates(self, masks: ImageMasks, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> Tensor:
+        """Which classes may be the largest anywhere in a tile, bool ``[K, tiles]`` on the CPU."""
+        low, high = (bound.sigmoid() for bound in masks.bounds(row_ranges, column_ranges))
+        weights = self._weights.cpu()
+        return ~(weights @ high < (weights @ low).amax(0) * (1 - _ROUNDING))

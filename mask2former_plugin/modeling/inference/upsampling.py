@@ -1,70 +1,145 @@
-"""Maps at full size, a strip of rows at a time: bilinear resizing whose rows are computed when asked for."""
+"""Maps at full size, a tile at a time: bilinear resizing as small matrix products, and bounds that need no pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Values of all maps together in one strip: 8 MB in float32 stay in a CPU's cache, a GPU wants longer strips.
-_STRIP_VALUES = {"cpu": 2**21}
-_STRIP_VALUES_GPU = 2**25
+# Height and width of a tile, and of one in which all masks are computed. On a CPU small tiles stay in the cache and
+# tell more precisely where a mask may be; a GPU wants more work per kernel.
+_TILE = {"cpu": ((96, 256), (32, 256))}
+_TILE_GPU = ((512, 512), (512, 512))
+# Bounds are widened by this part of the largest logit; rounding carries a resized value less far beyond its neighbours.
+_ROUNDING = 1e-5
+
+Range = tuple[int, int]
 
 
-def strips(height: int, width: int, maps: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges of rows (start, stop) that cover the height, short enough that ``maps`` maps of a strip stay small."""
-    values = _STRIP_VALUES.get(device.type, _STRIP_VALUES_GPU)
-    rows = max(1, values // max(1, width * maps))
-    for start in range(0, height, rows):
-        yield start, min(start + rows, height)
+class Buffers:
+    """Scratch memory by name, allocated once and used for every tile: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flat: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor that is valid until the next call with this name."""
+        number = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.dtype != dtype or flat.numel() < number:
+            flat = self._flat[name] = torch.empty(number, dtype=dtype, device=self._device)
+        return flat[:number].view(*shape)
 
 
-class RowResize:
-    """``interpolate(mode="bilinear", align_corners=False)`` of maps, for any range of target rows.
+@dataclass(frozen=True)
+class Tiles:
+    """A map cut into tiles, row by row; iterating gives the ranges of rows and columns of each.
+
+    Attributes:
+        size: height and width of the map.
+        tile: height and width of a tile, smaller at the end.
+    """
+
+    size: tuple[int, int]
+    tile: tuple[int, int]
+
+    @classmethod
+    def of(cls, size: tuple[int, int], device: torch.device, *, all_masks: bool = False) -> Tiles:
+        """Tiles that suit a device, for some of the masks in each tile or for all of them."""
+        return cls(tuple(size), _TILE.get(device.type, _TILE_GPU)[all_masks])
+
+    @cached_property
+    def rows(self) -> list[Range]:
+        """Ranges of rows."""
+        return _ranges(self.size[0], self.tile[0])
+
+    @cached_property
+    def columns(self) -> list[Range]:
+        """Ranges of columns."""
+        return _ranges(self.size[1], self.tile[1])
+
+    @property
+    def areas(self) -> Tensor:
+        """Numbers of pixels of the tiles, int64."""
+        return torch.tensor([(bottom - top) * (right - left) for (top, bottom), (left, right) in self])
+
+    def __iter__(self) -> Iterator[tuple[Range, Range]]:
+        return ((rows, columns) for rows in self.rows for columns in self.columns)
+
+
+def _ranges(length: int, step: int) -> list[Range]:
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+class AxisResize:
+    """``interpolate(mode="bilinear", align_corners=False)`` along one axis, in one step or several.
 
     Args:
-        source: height and width of the maps.
-        target: height and width wanted.
+        steps: source and target length of each step. A source that is shorter than the target before it crops that.
         dtype: of the maps.
     """
 
-    def __init__(self, source: tuple[int, int], target: tuple[int, int], dtype: torch.dtype = torch.float32) -> None:
-        self.source, self.target = tuple(source), tuple(target)
-        # as interpolate: the scale in the precision of the maps, the position as a fused multiply-add
-        scale = torch.tensor(self.source[0] / self.target[0], dtype=dtype).double()
-        position = ((torch.arange(self.target[0], dtype=torch.float64) + 0.5) * scale - 0.5).clamp(min=0).to(dtype)
-        self._upper = position.long().clamp(max=self.source[0] - 1)
-        self._lower = (self._upper + 1).clamp(max=self.source[0] - 1)
-        self._weight = (position - self._upper).clamp(0, 1)
+    def __init__(self, steps: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
+        self._steps = [_positions(source, target, dtype) for source, target in steps]
+        self._dtype = dtype
+        self._weights: dict[tuple[Range, torch.device], tuple[Range, Tensor]] = {}
 
-    def source_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """Range of source rows that the target rows ``start:stop`` depend on."""
-        if self.source[0] == self.target[0]:
-            return start, stop
-        return int(self._upper[start]), int(self._lower[stop - 1]) + 1
+    def weights(self, target: Range, device: torch.device) -> tuple[Range, Tensor]:
+        """What a range of target positions is made of.
 
-    def __call__(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """Target rows ``[N, stop - start, W]`` from the source rows ``[N, r, w]`` named by :meth:`source_rows`."""
-        if self.source[0] != self.target[0]:
-            first = self.source_rows(start, stop)[0]
-            upper, lower = (index[start:stop].to(rows.device) - first for index in (self._upper, self._lower))
-            weight = self._weight[start:stop, None].to(rows.device)
-            rows = torch.lerp(rows.index_select(1, upper), rows.index_select(1, lower), weight)
-        if self.source[1] != self.target[1]:
-            flat = rows.reshape(1, -1, self.source[1])
-            rows = F.interpolate(flat, size=self.target[1], mode="linear", align_corners=False).view(
-                *rows.shape[:2], -1
-            )
-        return rows
+        Returns:
+            The range of source positions, and the weights ``[target positions, source positions]``.
+        """
+        key = (target, device)
+        if key not in self._weights:
+            source, weights = self._compose(len(self._steps), target)
+            self._weights[key] = source, weights.to(device)
+        return self._weights[key]
+
+    def _compose(self, steps: int, target: Range) -> tuple[Range, Tensor]:
+        if steps == 0:
+            return target, torch.eye(target[1] - target[0], dtype=self._dtype)
+        lower, upper, weight = (part[slice(*target)] for part in self._steps[steps - 1])
+        first = int(lower[0])
+        source, inner = self._compose(steps - 1, (first, int(upper[-1]) + 1))
+        return source, torch.lerp(inner[lower - first], inner[upper - first], weight[:, None])
+
+
+def _positions(source: int, target: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The two neighbours of each target position and the weight of the second."""
+    if source == target:
+        same = torch.arange(target)
+        return same, same, torch.zeros(target, dtype=dtype)
+    # as interpolate: the scale in the precision of the maps, the position as a fused multiply-add
+    scale = torch.tensor(source / target, dtype=dtype).double()
+    position = ((torch.arange(target, dtype=torch.float64) + 0.5) * scale - 0.5).clamp(min=0).to(dtype)
+    lower = position.long().clamp(max=source - 1)
+    return lower, (lower + 1).clamp(max=source - 1), (position - lower).clamp(0, 1)
+
+
+def resize_block(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """Maps ``[N, h, w]`` times weights of rows ``[H, h]`` and of columns ``[W, w]``, ``[N, H, W]``.
+
+    Args:
+        out: for the result, contiguous.
+    """
+    if out is None:
+        out = maps.new_empty((len(maps), len(rows), len(columns)))
+    torch.mm((rows @ maps).flatten(0, 1), columns.T, out=out.view(-1, len(columns)))
+    return out
 
 
 class ImageMasks:
-    """Mask logits of one image at the size of the result, in rows.
+    """Mask logits of one image at the size of the result, in tiles.
 
     The logits are resized from the grid of the prediction to the padded input, cropped to the image and resized to
-    the output; every step is the original's, only that rows nobody asked for are not computed.
+    the output: the original's steps. All of them are linear in rows and in columns, so that a tile is two small matrix
+    products, and what nobody asks for is not computed.
 
     Args:
         logits: ``[Q, h, w]`` on the grid of the prediction.
@@ -82,17 +157,72 @@ class ImageMasks:
     ) -> None:
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
         self.size = tuple(output_size or image_size)
-        self._image_width = image_size[1]
-        self._to_input = RowResize(logits.shape[-2:], padded_size, self.logits.dtype)
-        self._to_output = RowResize(image_size, self.size, self.logits.dtype)
+        lengths = zip(logits.shape[-2:], padded_size, image_size, self.size)
+        self._rows, self._columns = (
+            AxisResize([(grid, padded), (image, output)], self.logits.dtype) for grid, padded, image, output in lengths
+        )
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Logits of the rows ``start:stop`` of the result, ``[Q, stop - start, W]``."""
-        image_rows = self._to_output.source_rows(start, stop)
-        grid_rows = self._to_input.source_rows(*image_rows)
-        rows = self._to_input(self.logits[:, slice(*grid_rows)], *image_rows)
-        return self._to_output(rows[..., : self._image_width], start, stop)
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+        return self.logits.device
 
-    def strips(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that cover the result."""
-        return strips(*self.size, self.logits.shape[0], self.logits.device)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return self.logits.dtype
+
+    def select(self, queries: Tensor) -> ImageMasks:
+        """The masks of some of the queries."""
+        chosen = object.__new__(ImageMasks)
+        vars(chosen).update(vars(self), logits=self.logits[queries])
+        return chosen
+
+    def block(
+        self, rows: Range, columns: Range, queries: Tensor | None = None, buffers: Buffers | None = None
+    ) -> Tensor:
+        """Logits of a part of the result, ``[Q, rows, columns]``.
+
+        Args:
+            rows, columns: ranges.
+            queries: which; None: all.
+            buffers: memory for the result, under the name "block".
+        """
+        row_source, row_weights = self._rows.weights(rows, self.device)
+        number = len(self.logits) if queries is None else len(queries)
+        shape = (number, rows[1] - rows[0], columns[1] - columns[0])
+        if buffers is None:
+            block = self.logits.new_empty(shape)
+        else:
+            block = buffers("block", shape, self.dtype)
+        column_source, column_weights = self._columns.weights(columns, self.device)
+        maps = self.logits[:, slice(*row_source), slice(*column_source)]
+        return resize_block(maps if queries is None else maps[queries], row_weights, column_weights, block)
+
+    def bounds(self, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> tuple[Tensor, Tensor]:
+        """Values that the logits do not fall below or exceed in blocks of the result, two times ``[Q, blocks]``.
+
+        They lie on the CPU. A resized value is a weighted mean of its neighbours on the grid, so it lies between them.
+
+        Args:
+            row_ranges, column_ranges: the blocks are all their pairs, row by row.
+        """
+        lows, highs = [], []
+        column_sources = [self._columns.weights(columns, self.device)[0] for columns in column_ranges]
+        for rows in row_ranges:
+            band = self.logits[:, slice(*self._rows.weights(rows, self.device)[0])]
+            low, high = band.amin(1), band.amax(1)
+            lows += [low[:, slice(*columns)].amin(1) for columns in column_sources]
+            highs += [high[:, slice(*columns)].amax(1) for columns in column_sources]
+        slack = _ROUNDING * self.logits.abs().amax() if len(self.logits) else 0.0
+        return (torch.stack(lows, dim=1) - slack).cpu(), (torch.stack(highs, dim=1) + slack).cpu()
+
+
+def first_largest(values: Tensor) -> Tensor:
+    """``argmax(0)`` of ``[N, …]``, the first of equal ones; the values are used up."""
+    if values.device.type != "cpu":
+        return values.argmax(0)
+    # on the CPU torch's argmax takes many times as long as these passes
+    rank = torch.arange(len(values), 0, -1, dtype=values.dtype).view(-1, *[1] * (values.ndim - 1))
+    best = torch.eq(values, values.amax(0), out=values).mul_(rank).amax(0)
+    return (len(values) - best).long()

@@ -1,0 +1,110 @@
+"""How the masks of instances are kept while they come in tiles: dense, or as COCO's run lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pycocotools.mask
+import torch
+from torch import Tensor
+
+from mask2former_plugin.modeling.inference.upsampling import Buffers, Range
+
+
+class DenseMasks:
+    """Binary masks ``[N, H, W]``, of which the first come in tiles and the others repeat one of these.
+
+    Args:
+        number: of masks.
+        size: height and width.
+        device: where they are kept.
+    """
+
+    field = "pred_masks"
+
+    def __init__(self, number: int, size: tuple[int, int], device: torch.device) -> None:
+        if device.type == "cpu":
+            # NumPy's zeros, other than torch's, become real memory where they are written: the rest costs nothing
+            self._masks = torch.from_numpy(np.zeros((number, *size), dtype=bool))
+        else:
+            self._masks = torch.zeros((number, *size), dtype=torch.bool, device=device)
+
+    def put(self, positions: Tensor, rows: Range, columns: Range, masks: Tensor) -> None:
+        """Take a tile ``[n, rows, columns]`` of the masks at some positions."""
+        target = self._masks[:, slice(*rows), slice(*columns)]
+        for position, mask in zip(positions.tolist(), masks):
+            target[position] = mask
+
+    def result(self, sources: Sequence[int], boxes: Tensor) -> Tensor:
+        """Masks bool ``[N, H, W]``.
+
+        Args:
+            sources: of each mask, the position of the one that it repeats; its own for those that came in tiles.
+            boxes: around the masks that came in tiles, int64 ``[n, 4]``: x0, y0, x1, y1.
+        """
+        corners = boxes.tolist()
+        for i, source in enumerate(sources):
+            if i != source:
+                x0, y0, x1, y1 = corners[source]
+                self._masks[i, y0:y1, x0:x1] = self._masks[source, y0:y1, x0:x1]
+        return self._masks
+
+
+class RunLengthMasks:
+    """The same masks as COCO's run lengths; nothing of their size is ever kept.
+
+    Runs go down the columns, one column after the other. A tile gives the places where a run begins or ends if there
+    is nothing around the tile; where a run goes on in the next tile, an end and a beginning coincide and cancel out.
+
+    Args:
+        size: height and width.
+        device: where tiles come from.
+    """
+
+    field = "pred_masks_rle"
+
+    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
+        self._size = size
+        self._pixels = size[0] * size[1]
+        self._buffers = Buffers(device)
+        self._changes: list[np.ndarray] = []
+
+    def put(self, positions: Tensor, rows: Range, columns: Range, masks: Tensor) -> None:
+        """Take a tile ``[n, rows, columns]`` of the masks at some positions."""
+        number, height, width = masks.shape
+        changed = self._buffers("changed", (number, height + 1, width), torch.bool)
+        changed[:, 0], changed[:, -1] = masks[:, 0], masks[:, -1]
+        torch.ne(masks[:, 1:], masks[:, :-1], out=changed[:, 1:-1])
+        flat = changed.flatten()
+        # NumPy skips runs of False, torch on the CPU doesn't
+        where = np.flatnonzero(flat.numpy()) if flat.device.type == "cpu" else flat.nonzero()[:, 0].cpu().numpy()
+        mask, place = np.divmod(where, (height + 1) * width)
+        y, x = np.divmod(place, width)
+        # a run may end behind the last pixel, so a mask has one place more than pixels
+        start = positions.cpu().numpy()[mask] * (self._pixels + 1)
+        self._changes.append(start + (x + columns[0]) * self._size[0] + y + rows[0])
+
+    def result(self, sources: Sequence[int], boxes: Tensor) -> list[dict]:
+        """Of each mask ``{"size": [H, W], "counts": str}``.
+
+        Args:
+            sources: of each mask, the position of the one that it repeats.
+            boxes: around the masks that came in tiles, int64 ``[n, 4]``; only their number counts.
+        """
+        changes = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self._changes]))
+        same = changes[1:] == changes[:-1]
+        alone = np.ones(len(changes), dtype=bool)
+        alone[1:] &= ~same
+        alone[:-1] &= ~same
+        changes = changes[alone]
+        mask_starts = np.arange(len(boxes) + 1) * (self._pixels + 1)
+        bounds = np.searchsorted(changes, mask_starts)
+        codes = []
+        for start, low, high in zip(mask_starts, bounds, bounds[1:]):
+            ends = changes[low:high] - start
+            ends = np.concatenate([[0], ends[ends < self._pixels], [self._pixels]])
+            codes.append({"size": list(self._size), "counts": np.diff(ends).tolist()})
+        encoded = pycocotools.mask.frPyObjects(codes, *self._size) if codes else []
+        texts = [code["counts"].decode("ascii") for code in encoded]
+        return [{"size": list(self._size), "counts": texts[source]} for source in sources]
