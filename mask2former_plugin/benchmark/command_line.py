@@ -1,0 +1,100 @@
+"""The command line of ``tools/benchmark.py``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mask2former_plugin.benchmark import report
+from mask2former_plugin.benchmark.cases import CASES, GROUPS, choose_cases
+from mask2former_plugin.benchmark.original import family_of
+from mask2former_plugin.benchmark.runner import Runner, Settings
+from mask2former_plugin.benchmark.workload import SIDES
+from mask2former_plugin.command_line import new_parser
+from mask2former_plugin.engine import user_errors
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PROBLEMS = ("failed", "crashed", "disagrees")
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = new_parser(description)
+    parser.add_argument("--cases", nargs="+", default=list(GROUPS), metavar="NAME", help="names, groups or globs (default: all; see --list)")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help=f"of {', '.join(SIDES)} (default: those that can run here)")
+    parser.add_argument("--original", action="append", default=[], metavar="PATH", help="checkout of Mask2Former or MaskFormer; may be given for each")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument("--quick", action="store_true", help="small models and sizes: tries the tool, measures nothing of interest")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="most timings of each side (default 5)")
+    parser.add_argument("--seconds", type=float, default=40.0, metavar="S", help="what the rounds of a case should take at most; at least two are made (default 40)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of each side (default: PyTorch's choice)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:<number>")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, metavar="DIR", help="folder of the published configs (default: this repository's)")
+    parser.add_argument("--output", type=Path, default=Path("benchmark_output"), metavar="DIR", help="folder for the results (default benchmark_output)")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that results.json in the output folder has")
+    return parser
+
+
+def _choose_sides(names: Sequence[str] | None, originals: dict[str, Path]) -> list[str]:
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    if names is None:
+        chosen = ["ours", "ours-bf16", "ours-compiled", "reference"]
+        return chosen + ["transformers"] * has_transformers + ["original"] * bool(originals)
+    for name in names:
+        if name not in SIDES:
+            near = difflib.get_close_matches(name, SIDES, n=1, cutoff=0.0)[0]
+            raise KeyError(f"unknown side {name!r}, did you mean {near!r}? There are {', '.join(SIDES)}")
+        if SIDES[name].implementation == "transformers" and not has_transformers:
+            raise ValueError(f"--sides {name}: transformers is not installed; pip install 'transformers>=5' or leave the side out")
+        if SIDES[name].implementation == "original" and not originals:
+            raise ValueError(f"--sides {name}: say with --original where a checkout of Mask2Former or MaskFormer is")
+    return list(dict.fromkeys(names))
+
+
+def main(description: str, arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a side failed, crashed or disagrees."""
+    parser = _parser(description)
+    args = parser.parse_args(arguments)
+    if args.rounds < 1 or args.seconds < 0 or (args.threads or 1) < 1:
+        parser.error("--rounds and --threads must be at least 1, --seconds at least 0")
+    with user_errors():
+        cases = choose_cases(args.cases)
+        originals = {family_of(path): path for path in (Path(p).resolve() for p in args.original)}
+        sides = _choose_sides(args.sides, originals)
+        if not args.configs.is_dir():
+            raise FileNotFoundError(f"--configs {args.configs} is no folder; the published configs are in the repository")
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: torch sees no CUDA device")
+    if args.list:
+        sys.stdout.write("".join(f"{case.name:40} {case.title}\n" for case in cases))
+        return 0
+    threads = args.threads or torch.get_num_threads()
+    settings = Settings(sides, args.rounds, args.seconds, threads, args.device, args.quick, args.configs.resolve(), originals)
+    results = report.new_results(settings)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "results.json"
+    if args.resume and file.is_file():
+        with user_errors():
+            results["cases"] = report.kept_cases(file, results)
+    done = {case["name"] for case in results["cases"]}
+    try:
+        with Runner(settings, tqdm.write) as runner:
+            results["rates"] = runner.rates()
+            progress = tqdm([case for case in cases if case.name not in done])
+            for case in progress:
+                progress.set_description(case.name)
+                results["cases"].append(runner.run(case))
+                file.write_text(json.dumps(results, indent=1))
+    finally:
+        order = list(CASES)
+        results["cases"].sort(key=lambda case: order.index(case["name"]))
+        report.write(results, args.output)
+    sys.stdout.write(f"{args.output / 'table.md'}\n")
+    return int(any(side["status"] in _PROBLEMS for case in results["cases"] for side in case["sides"]))

@@ -1,0 +1,142 @@
+"""A side in a process of its own: takes requests as lines of JSON, answers each with one line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mask2former_plugin.benchmark import rates
+from mask2former_plugin.benchmark.cases import CASES, Case
+from mask2former_plugin.benchmark.measure import Meter, is_out_of_memory, limit_memory, release_memory
+from mask2former_plugin.benchmark.workload import SIDES, Context, NotOffered, Workload, number_of_bytes
+
+_MODULES = {"ours": "ours", "reference": "ours", "transformers": "huggingface", "original": "original"}
+_SECONDS_PER_TIMING = 0.2  # short runs are repeated until a timing takes so long
+_MOST_REPEATS = 100
+
+
+class Worker:
+    """The state between requests: at most one case is loaded."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        torch.set_num_threads(settings["threads"])
+        device = torch.device(settings["device"])
+        self.context = Context(
+            side=SIDES[settings["side"]],
+            device=device,
+            configs=Path(settings["configs"]),
+            scratch=Path(settings["scratch"]),
+            original=Path(settings["original"]) if settings["original"] else None,
+        )
+        self.quick = settings["quick"]
+        self.meter = Meter(device)
+        self.workload: Workload | None = None
+        self.level: int | None = None
+        self.repeats = 1
+
+    def _case(self, name: str) -> Case:
+        return CASES[name].reduced() if self.quick else CASES[name]
+
+    def weights(self, case: str) -> dict[str, Any]:
+        """Make the weights that all sides of a case load."""
+        from mask2former_plugin.benchmark.ours import make_weights
+
+        make_weights(self._case(case).options, self.context)
+        release_memory()
+        return {}
+
+    def prepare(self, case: str) -> dict[str, Any]:
+        """Load a case; the level of memory that peaks are counted from is that after it."""
+        self.finish()
+        chosen = self._case(case)
+        implementation = self.context.side.implementation
+        module = importlib.import_module(f"mask2former_plugin.benchmark.{_MODULES[implementation]}")
+        builders = module.REFERENCE_BUILDERS if implementation == "reference" else module.BUILDERS
+        if chosen.kind not in builders:
+            raise NotOffered(f"{self.context.side.name} has nothing of the kind")
+        if self.context.device.type == "cpu":
+            limit_memory()
+        self.workload = builders[chosen.kind](chosen, self.context)
+        self.level = self.meter.level()
+        return {}
+
+    def outputs(self, file: str) -> dict[str, Any]:
+        """Write what is compared with the other sides."""
+        arrays = self.workload.outputs()
+        np.savez(file, **arrays)
+        return {"facts": self.workload.facts}
+
+    def warm_up(self) -> dict[str, Any]:
+        """Run untimed, twice where it is short; sets the number of repeats of a timing."""
+        seconds = self.meter.seconds(self.workload.run)
+        if seconds < _SECONDS_PER_TIMING:
+            seconds = self.meter.seconds(self.workload.run)
+        self.repeats = min(_MOST_REPEATS, max(1, math.ceil(_SECONDS_PER_TIMING / max(seconds, 1e-9))))
+        self.meter.reset_peak()
+        return {"seconds": seconds, "repeats": self.repeats}
+
+    def time(self) -> dict[str, Any]:
+        """One timing."""
+        return {"seconds": self.meter.seconds(self.workload.run, self.repeats)}
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes on top of weights and inputs at the peak of all timings, and of a result."""
+        peak = self.meter.peak()
+        result = self.workload.run()
+        return {"memory": None if peak is None else max(0, peak - self.level), "result": number_of_bytes(result)}
+
+    def operations(self) -> dict[str, Any]:
+        """Floating-point operations of a run, and the bytes that it has to read and write at least."""
+        with FlopCounterMode(display=False) as counter:
+            result = self.workload.run()
+        moved = number_of_bytes(self.workload.inputs) + number_of_bytes(result)
+        return {"flop": counter.get_total_flops(), "bytes": moved}
+
+    def rates(self) -> dict[str, Any]:
+        """What the machine reaches."""
+        return rates.measure(self.meter)
+
+    def finish(self) -> dict[str, Any]:
+        """Forget the case."""
+        self.workload = None
+        torch._dynamo.reset()
+        release_memory()
+        return {}
+
+
+def serve(settings: Mapping[str, Any]) -> None:
+    """Answer requests from standard input until it ends.
+
+    A request is ``{"do": method of Worker, …arguments}``. An answer is what the method returns, or ``{"error": text,
+    "kind": "not offered", "out of memory" or "failed"}``. What is printed meanwhile goes to standard error.
+    """
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker(settings)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = _answer(getattr(worker, request.pop("do")), request)
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+
+def _answer(method: Callable[..., dict[str, Any]], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return method(**arguments)
+    except NotOffered as reason:
+        return {"error": str(reason), "kind": "not offered"}
+    except Exception as error:  # whatever a side does wrong is reported and does not end the others
+        traceback.print_exc()
+        kind = "out of memory" if is_out_of_memory(error) else "failed"
+        return {"error": f"{type(error).__name__}: {error}", "kind": kind}
