@@ -16,9 +16,17 @@ Implementation = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], T
 IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": ms_deform_attn_cpu}
 
 
+def _exporting() -> bool:
+    """Whether an exporter is looking. Before PyTorch 2.7 one that goes through Dynamo looks like a compiler."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def implementation_for(device: torch.device) -> Implementation:
-    """The fastest implementation for a device; for tracing and export the reference, made of plain operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """The fastest implementation for a device, compiled or not; for tracing and export the reference, made of plain
+    operators."""
+    if torch.jit.is_tracing() or _exporting():
         return ms_deform_attn_reference
     return IMPLEMENTATIONS.get(device.type, ms_deform_attn_reference)
 

@@ -1,175 +1,316 @@
 """Multi-scale deformable attention on CPUs: bilinear samples as weighted sums of table rows (``embedding_bag``).
 
-The maps are copied into a table with a border of zeros, so that samples outside need no special case: a row of a map
-gets two zero cells before it (those of the next row end it), a map gets two zero rows above and below. Positions are
-clamped to the border, where everything is zero, gradients included.
+The maps of a head lie in one table, one below the other, with a border of zeros. So samples outside need no special
+case, and the other three corners of a sample are the same numbers of rows behind the upper left one in every level.
+Positions are clamped to the border, where everything is zero, gradients included.
 
-Queries are processed in chunks whose indices and weights stay in the cache.
+With tokens as rows and cells as columns, each of the four corners is a sparse matrix, all four have the same pattern,
+and the output is the sum of their products with the table. Hence the derivative by an entry is the product of a token's
+gradient and a row of the table, taken where the pattern has entries (``sampled_addmm``), and the derivative by the
+table is the product of the transposed matrices and the gradients: ``embedding_bag`` again, once a counting sort has
+brought the entries into the order of the cells.
+
+Heads are treated one after the other (several together where maps are small) and tokens in chunks, so that what is
+being worked on stays in the cache. The memory on top of inputs and results is that of one head.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 BORDER = 2
-# samples per chunk and thread: forward a sample takes about a hundred bytes, backward it takes four rows
-FORWARD_SAMPLES = 2**15
-BACKWARD_SAMPLES = 2**12
+# samples that are treated together, per thread; they take about a hundred bytes each
+SAMPLES = 2**16
+
+with warnings.catch_warnings():
+    # PyTorch says once that sparse matrices are in beta, which concerns this module and not its users
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], size=(1, 1))
 
 
-class _Table:
-    """Layout of the padded maps in one table of ``cells`` rows per head."""
+class _Maps:
+    """Layout of the padded maps of a head in a table of ``cells`` rows.
 
-    def __init__(self, spatial_shapes: Sequence[tuple[int, int]]) -> None:
-        self.shapes = spatial_shapes
+    A line of a map starts with two zeros (those of the next line end it), a map with two lines of zeros. All lines are
+    as long as those of the widest map.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.shapes = list(zip(sizes[::2], sizes[1::2]))
+        self.stride = max(width for _, width in self.shapes) + BORDER
         self.starts = []
-        cells = 0
-        for height, width in spatial_shapes:
-            self.starts.append(cells)
-            cells += (height + 2 * BORDER) * (width + BORDER)
-        self.cells = cells + 2 * BORDER  # samples at the end of the last row reach beyond it
+        lines = 0
+        for height, _ in self.shapes:
+            self.starts.append(lines)
+            lines += height + BORDER
+        self.lines = lines + BORDER
+        self.cells = self.lines * self.stride
+        # from the upper left corner to the upper right, the lower left and the lower right one
+        self.corners = (0, 1, self.stride, self.stride + 1)
 
-    def _maps(self, table: Tensor) -> Iterator[Tensor]:
-        """Views of the inner part of each map, ``[B, H, W, M, D]``."""
-        for start, (height, width) in zip(self.starts, self.shapes):
-            rows, columns = height + 2 * BORDER, width + BORDER
-            padded = table[:, start : start + rows * columns].unflatten(1, (rows, columns))
-            yield padded[:, BORDER:-BORDER, BORDER:]
+    def table(self, value: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """Zeros, ``[heads * cells, D]`` and as many more as the corners of the last cell need."""
+        return value.new_zeros((heads * self.cells + self.corners[-1], value.shape[-1]), dtype=dtype)
 
-    def fill(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[B, S, M, D]`` to ``[B, cells, M, D]``."""
-        table = value.new_zeros((value.shape[0], self.cells, *value.shape[2:]), dtype=dtype)
-        levels = value.split([h * w for h, w in self.shapes], dim=1)
-        for inner, level, size in zip(self._maps(table), levels, self.shapes):
-            inner.copy_(level.unflatten(1, tuple(size)))
-        return table
-
-    def extract(self, table: Tensor) -> Tensor:
-        """``[B, cells, M, D]`` to ``[B, S, M, D]``."""
-        return torch.cat([inner.flatten(1, 2) for inner in self._maps(table)], dim=1)
+    def pairs(self, table: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views ``[G, H, W, D]`` of each map in a table and in ``[S, G, D]``."""
+        heads = value.shape[1]
+        padded = table[: heads * self.cells].unflatten(0, (heads, self.lines, self.stride))
+        levels = value.transpose(0, 1).split([height * width for height, width in self.shapes], dim=1)
+        for start, (height, width), level in zip(self.starts, self.shapes, levels):
+            inner = padded[:, start + BORDER : start + BORDER + height, BORDER : BORDER + width]
+            yield inner, level.unflatten(1, (height, width))
 
 
 class _Sampler:
-    """Indices and weights of the samples of a chunk of queries."""
+    """Cells and weights of the samples of some tokens and heads."""
 
-    def __init__(self, table: _Table, chunk: int, heads: int, points: int, dtype: torch.dtype) -> None:
-        # constants have the size of a chunk: broadcasting over the few points of a level is slower than the arithmetic
-        shape = (chunk, heads, len(table.shapes), points)
-
-        def constant(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(numbers, dtype=dtype)[:, None].expand(shape).contiguous()
-
-        self.heads = heads
-        self.width = constant([w for _, w in table.shapes], dtype)
-        self.height = constant([h for h, _ in table.shapes], dtype)
-        self.row = constant([(w + BORDER) * heads for _, w in table.shapes], torch.int32)
-        self.first = constant([start * heads for start in table.starts], torch.int32)
-        self.first += torch.arange(heads, dtype=torch.int32)[:, None, None]
+    def __init__(self, maps: _Maps, heads: int, tokens: int, points: int, dtype: torch.dtype) -> None:
+        # constants are as large as what they are applied to: broadcasting over a few points costs more than arithmetic
+        shape = (heads, tokens, len(maps.shapes), points)
+        sizes = torch.tensor([[width for _, width in maps.shapes], [height for height, _ in maps.shapes]], dtype=dtype)
+        self.extent = sizes[:, None, None, :, None].expand(2, *shape).flatten(3)
+        self.most = self.extent + (BORDER + 0.5)
+        self.least = torch.full_like(self.most, 0.5)
         self.shift = torch.tensor(BORDER - 0.5, dtype=dtype)
-        self.least = torch.tensor(0.5, dtype=dtype)
+        first = torch.tensor(maps.starts, dtype=torch.int32)[:, None] * maps.stride
+        first = first + torch.arange(heads, dtype=torch.int32)[:, None, None, None] * maps.cells
+        self.first = first.expand(shape).flatten(2)
+        self.stride = maps.stride
 
-    def _split(self, place: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """Cell at or before a place in [0, 1], and the share of the next cell."""
-        position = torch.addcmul(self.shift, place, extent)
-        # written such that NaN goes to the border, too, instead of becoming an index
-        position = torch.where(position >= self.least, position, self.least)
-        position = torch.minimum(position, extent + (BORDER + 0.5))
-        cell = position.floor()
-        return cell.int(), position.sub_(cell)
-
-    def __call__(self, locations: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, locations: Tensor, attention: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """
+        Args:
+            locations: ``[T, G, L·P, 2]``, tokens and heads.
+            attention: ``[G, T, L·P]``.
+
         Returns:
-            table rows ``[N, 4·L·P]`` of the corners (upper left, upper right, lower left, lower right) for the N =
-            queries·heads bags, their weights, and the shares of the right column and of the lower row, ``[T, M, L,
-            P]``.
+            the upper left cells, int32; the weights of the four corners; the shares of the right column and of the
+            lower line, ``[2, G, T, L·P]``.
         """
-        count = locations.shape[0]
-        column, right = self._split(locations[..., 0], self.width[:count])
-        line, lower = self._split(locations[..., 1], self.height[:count])
-        upper_left = torch.addcmul(self.first[:count], line, self.row[:count]).add_(column, alpha=self.heads)
-        lower_left = upper_left + self.row[:count]
-        left = 1 - right
-        lower_weight = lower * attention
-        upper_weight = attention - lower_weight
-        rows = (upper_left, upper_left + self.heads, lower_left, lower_left + self.heads)
-        weights = (upper_weight * left, upper_weight * right, lower_weight * left, lower_weight * right)
-        bags = (count * self.heads, -1)
-        return torch.cat([r.view(bags) for r in rows], 1), torch.cat([w.view(bags) for w in weights], 1), right, lower
+        chunk = (slice(None), slice(locations.shape[1]), slice(locations.shape[0]))
+        position = locations.permute(3, 1, 0, 2).clone(memory_format=torch.contiguous_format)
+        torch.addcmul(self.shift, position, self.extent[chunk], out=position)
+        # not a number goes to the border, too, instead of becoming an index
+        torch.clamp(position.nan_to_num_(0.0), self.least[chunk], self.most[chunk], out=position)
+        column, line = position.int()
+        upper_left = torch.add(column, line, alpha=self.stride).add_(self.first[chunk[1:]])
+        right, lower = shares = position.frac_()
+        below = lower * attention
+        above = attention - below
+        lower_right, upper_right = below * right, above * right
+        return upper_left, [above.sub_(upper_right), upper_right, below.sub_(lower_right), lower_right], shares
 
 
-class _Attention(torch.autograd.Function):
-    """Forward and backward in chunks of queries, nothing kept between them but the inputs."""
+class _Work:
+    """The inputs, and the order in which forward and backward go through them: a few heads, and chunks of tokens."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]
-    ) -> Tensor:
-        ctx.save_for_backward(value, locations, weights)
-        ctx.shapes = shapes
-        batch, _, heads, width = value.shape
-        layout = _Table(shapes)
-        table = layout.fill(value, locations.dtype).flatten(1, 2)
-        output = locations.new_empty(batch, locations.shape[1], heads, width)
-        for image, queries, sampler in _chunks(layout, locations, FORWARD_SAMPLES):
-            rows, shares, _, _ = sampler(locations[image, queries], weights[image, queries])
-            samples = F.embedding_bag(rows, table[image], mode="sum", per_sample_weights=shares)
-            output[image, queries] = samples.unflatten(0, (-1, heads))
-        return output
+    def __init__(self, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> None:
+        self.value, self.locations, self.weights = value, locations.flatten(3, 4), weights.flatten(3)
+        self.batch, self.length, self.heads, levels, points = weights.shape
+        self.samples = levels * points
+        limit = SAMPLES * torch.get_num_threads()
+        # several heads only if they are treated with all tokens at once
+        self.group = min(self.heads, max(1, limit // max(1, self.length * self.samples)))
+        self.chunk = self.length if self.group > 1 else max(1, min(self.length, limit // self.samples))
+        self.maps = _Maps(sizes)
+        self.table = self.maps.table(value, self.group, locations.dtype)
+        self.sampler = _Sampler(self.maps, self.group, self.chunk, points, locations.dtype)
+        self.ends = torch.arange(0, self.group * self.length + 1, dtype=torch.int32) * self.samples
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        value, locations, weights = ctx.saved_tensors
-        heads, width = value.shape[2:]
-        layout = _Table(ctx.shapes)
-        table = layout.fill(value, locations.dtype).flatten(1, 2)
-        grad_table = torch.zeros_like(table) if ctx.needs_input_grad[0] else None
-        grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-        for image, queries, sampler in _chunks(layout, locations, BACKWARD_SAMPLES):
-            attention = weights[image, queries]
-            rows, shares, right, lower = sampler(locations[image, queries], attention)
-            grad = grad_output[image, queries].reshape(-1, width)
-            if grad_table is not None:
-                addends = (shares.unsqueeze(2) * grad.unsqueeze(1)).flatten(0, 1)
-                grad_table[image].scatter_add_(0, rows.flatten().long().unsqueeze(1).expand(-1, width), addends)
-            products = F.embedding(rows, table[image]).mul_(grad.unsqueeze(1)).sum(2)  # <grad, corner> for every corner
-            corners = products.unflatten(1, (4, -1)).unbind(1)
-            upper_left, upper_right, lower_left, lower_right = (corner.view_as(attention) for corner in corners)
-            upper_slope, lower_slope = upper_right - upper_left, lower_right - lower_left
-            upper = torch.addcmul(upper_left, right, upper_slope)
-            slope = torch.addcmul(lower_left, right, lower_slope) - upper
-            count = attention.shape[0]
-            grad_weights[image, queries] = torch.addcmul(upper, lower, slope)
-            across = torch.lerp(upper_slope, lower_slope, lower)
-            grad_locations[image, queries, ..., 0] = across * attention * sampler.width[:count]
-            grad_locations[image, queries, ..., 1] = slope * attention * sampler.height[:count]
-        grad_value = None
-        if grad_table is not None:
-            grad_value = layout.extract(grad_table.unflatten(1, (-1, heads))).to(value.dtype)
-        return grad_value, grad_locations, grad_weights, None
+    def groups(self) -> Iterator[tuple[int, slice]]:
+        """Image and heads; their maps are in the table."""
+        for image in range(self.batch):
+            for start in range(0, self.heads, self.group):
+                heads = slice(start, min(start + self.group, self.heads))
+                for inner, level in self.maps.pairs(self.table, self.value[image, :, heads]):
+                    inner.copy_(level)
+                yield image, heads
+
+    def chunks(self) -> Iterator[slice]:
+        """Tokens."""
+        for start in range(0, self.length, max(1, self.chunk)):
+            yield slice(start, min(start + self.chunk, self.length))
 
 
-def _chunks(layout: _Table, locations: Tensor, samples: int) -> Iterator[tuple[int, slice, _Sampler]]:
-    """Image, queries and sampler of each chunk."""
-    batch, length, heads, levels, points, _ = locations.shape
-    chunk = max(1, samples * torch.get_num_threads() // (heads * levels * points))
-    sampler = _Sampler(layout, min(chunk, length), heads, points, locations.dtype)
-    for image in range(batch):
-        for start in range(0, length, chunk):
-            yield image, slice(start, min(start + chunk, length)), sampler
+def _entry_gradients(
+    rows: Tensor, corners: Sequence[int], ends: Tensor, grads: Tensor, table: Tensor, cells: int
+) -> list[Tensor]:
+    """The product of a token's gradient and a row of the table, for every sample's four corners, ``[G, T, L·P]``."""
+    products = []
+    for corner in corners:
+        entries = table.new_zeros(rows.numel())
+        # columns are neither sorted nor distinct, which the product does not mind, but a check would
+        pattern = torch.sparse_csr_tensor(
+            ends, rows.view(-1), entries, size=(len(grads), cells), check_invariants=False
+        )
+        torch.sparse.sampled_addmm(pattern, grads, table[corner : corner + cells].t(), beta=0.0, out=pattern)
+        products.append(pattern.values().view_as(rows))
+    return products
+
+
+def _table_gradient(
+    rows: Tensor, weights: Tensor, ends: Tensor, grads: Tensor, like: Tensor, corners: Sequence[int], cells: int
+) -> Tensor:
+    """The sum of the gradients of the tokens that sample a cell, times their weights.
+
+    Args:
+        rows: ``[bags, L·P]``, upper left cells.
+        weights: ``[4, bags, L·P]``.
+        ends: ``[bags + 1]``, where the entries of a bag start.
+        grads: ``[bags, D]``.
+        like: a table.
+    """
+    # a sparse matrix that holds the number of each entry; to compress its columns instead of its rows takes linear time
+    numbers = torch.arange(rows.numel(), dtype=torch.int32)
+    matrix = csr_array((numbers.numpy(), rows.view(-1).numpy(), ends.numpy()), shape=(len(grads), cells)).tocsc()
+    order, bags, starts = (torch.from_numpy(x) for x in (matrix.data, matrix.indices, matrix.indptr))
+    table = torch.zeros_like(like)
+    for corner, weight in zip(corners, weights):
+        shares = weight.view(-1).index_select(0, order)
+        sums = F.embedding_bag(bags, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
+        table[corner : corner + cells] += sums
+    return table
+
+
+@torch.library.custom_op(
+    "mask2former::ms_deform_attn_cpu",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor value, Tensor locations, Tensor weights, SymInt[] sizes) -> Tensor",
+)
+def _attention(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``sizes``: height and width of each level; locations and weights have one type, in which the sums are made."""
+    work = _Work(value, locations, weights, sizes)
+    output = value.new_empty(work.batch, work.length, work.heads, value.shape[3])
+    for image, heads in work.groups():
+        cells = (heads.stop - heads.start) * work.maps.cells
+        for tokens in work.chunks():
+            attention = work.weights[image, tokens, heads].transpose(0, 1).contiguous()
+            rows, weights, _ = work.sampler(work.locations[image, tokens, heads], attention)
+            starts = work.ends[: rows[..., 0].numel()]
+            sums = [
+                F.embedding_bag(
+                    rows.view(-1), work.table[k : k + cells], starts, mode="sum", per_sample_weights=weight.view(-1)
+                )
+                for k, weight in zip(work.maps.corners, weights)
+            ]
+            total = sums[0].add_(sums[1]).add_(sums[2]).add_(sums[3])
+            output[image, tokens, heads] = total.unflatten(0, rows.shape[:2]).transpose(0, 1)
+    return output.flatten(2)
+
+
+@torch.library.custom_op(
+    "mask2former::ms_deform_attn_cpu_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor grad, Tensor value, Tensor locations, Tensor weights, SymInt[] sizes, bool of_value, "
+    "bool of_samples) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(
+    grad: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    sizes: Sequence[int],
+    of_value: bool,
+    of_samples: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights; empty tensors for those that aren't asked for."""
+    grad_value, grad_locations, grad_weights = _empty_gradients(value, locations, weights, of_value, of_samples)
+    work = _Work(value, locations, weights, sizes)
+    corners = work.maps.corners
+    grad = grad.unflatten(2, value.shape[2:])
+    all_rows = torch.empty((work.group * work.length, work.samples), dtype=torch.int32)
+    all_weights = locations.new_empty(4, *all_rows.shape)
+    for image, heads in work.groups():
+        cells = (heads.stop - heads.start) * work.maps.cells
+        grads = grad[image, :, heads].transpose(0, 1).to(locations.dtype).flatten(0, 1).contiguous()
+        for tokens in work.chunks():
+            attention = work.weights[image, tokens, heads].transpose(0, 1).contiguous()
+            rows, entries, shares = work.sampler(work.locations[image, tokens, heads], attention)
+            bags = slice(tokens.start, tokens.start + rows[..., 0].numel())
+            if of_value:
+                all_rows[bags] = rows.flatten(0, 1)
+                for whole, part in zip(all_weights, entries):
+                    whole[bags] = part.flatten(0, 1)
+            if of_samples:
+                ends = work.ends[: bags.stop - bags.start + 1]
+                upper_left, upper, lower_left, lower = _entry_gradients(
+                    rows, corners, ends, grads[bags], work.table, cells
+                )
+                across, down = shares
+                # slopes along the upper and the lower line, then the values there, then the slope between the lines
+                upper -= upper_left
+                lower -= lower_left
+                at_upper = upper_left.addcmul_(across, upper)
+                downhill = lower_left.addcmul_(across, lower).sub_(at_upper)
+                grad_weights.flatten(3)[image, tokens, heads] = at_upper.addcmul_(down, downhill).transpose(0, 1)
+                slopes = torch.stack((upper.lerp_(lower, down), downhill)).mul_(attention)
+                slopes *= work.sampler.extent[:, : rows.shape[0], : rows.shape[1]]
+                grad_locations.flatten(3, 4)[image, tokens, heads] = slopes.permute(2, 1, 3, 0)
+        if of_value:
+            ends = work.ends[: len(grads) + 1]
+            rows, entries = all_rows[: len(grads)], all_weights[:, : len(grads)]
+            table = _table_gradient(rows, entries, ends, grads, work.table, corners, cells)
+            for inner, level in work.maps.pairs(table, grad_value[image, :, heads]):
+                level.copy_(inner)
+    return grad_value, grad_locations, grad_weights
+
+
+def _empty_gradients(
+    value: Tensor, locations: Tensor, weights: Tensor, of_value: bool, of_samples: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = ((value, of_value), (locations, of_samples), (weights, of_samples))
+    gradients = (tensor.new_empty(tensor.shape if asked else 0) for tensor, asked in wanted)
+    return tuple(gradients)
+
+
+@_attention.register_fake
+def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    sizes: Sequence[int],
+    of_value: bool,
+    of_samples: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(value, locations, weights, of_value, of_samples)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[int]], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.sizes = inputs[3]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    needs = ctx.needs_input_grad[:3]
+    gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.sizes, needs[0], needs[1] or needs[2])
+    return (*(gradient if needed else None for gradient, needed in zip(gradients, needs)), None)
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def ms_deform_attn_cpu(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """See :func:`mask2former_plugin.modeling.ops.ms_deform_attn`; differentiable once."""
-    shapes = tuple((int(h), int(w)) for h, w in spatial_shapes)
-    weights = attention_weights.to(sampling_locations.dtype)
-    return _Attention.apply(value, sampling_locations, weights, shapes).flatten(2).to(value.dtype)
+    """See :func:`mask2former_plugin.modeling.ops.ms_deform_attn`; differentiable once.
+
+    An operator of ``torch.library``, which ``torch.compile`` keeps as it is.
+    """
+    sizes = [extent for shape in spatial_shapes for extent in shape]
+    return _attention(value, sampling_locations, attention_weights.to(sampling_locations.dtype), sizes)
