@@ -61,6 +61,7 @@ def _add_test_keys(cfg: CfgNode) -> None:
     node.BOUNDARY = False  # True: boundary AP and boundary PQ beside AP and PQ
     node.BOUNDARY_DILATION_RATIO = 0.02  # width of the boundary in parts of the diagonal; Cityscapes: 0.005
     node.SEMANTIC_PQ = False  # True: PQ of semantic predictions beside mIoU
+    node.LIGHT_OUTPUTS = True  # evaluation lets the model give label maps and run lengths where all evaluators take them
 
 
 def _add_head_keys(cfg: CfgNode) -> None:
@@ -112,6 +113,8 @@ def _add_mask_former_keys(cfg: CfgNode) -> None:
                 "SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
                 "PANOPTIC_REQUIRE_MASK": True,  # a segment's pixels need probability >= 0.5 (Mask2Former), not only the best score
                 "INSTANCE_THINGS_FIRST": False,  # True: top-k among thing classes; published: top-k first, then drop stuff
+                "SEMANTIC_LABEL_MAP": False,  # True: sem_seg is the map of the best classes, never scores of all of them
+                "INSTANCE_RUN_LENGTHS": False,  # True: instances have pred_masks_rle (COCO) instead of dense pred_masks
             },
         }
     )

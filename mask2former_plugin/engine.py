@@ -30,7 +30,7 @@ from mask2former_plugin.config import load_config
 from mask2former_plugin.data.datasets.custom import check_num_classes, register_custom_datasets
 from mask2former_plugin.data.mappers import MAPPERS, build_mapper
 from mask2former_plugin.data.names import unknown_name
-from mask2former_plugin.evaluation import build_evaluator
+from mask2former_plugin.evaluation import build_evaluator, light_outputs
 from mask2former_plugin.modeling.transformer_decoders import TRANSFORMER_DECODER_REGISTRY
 from mask2former_plugin.solver import build_optimizer
 from mask2former_plugin.test_time_augmentation import build_model_with_TTA
@@ -133,6 +133,22 @@ class Trainer(DefaultTrainer):
         """Train, and return the results of the last evaluation, None in other than the main process."""
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> OrderedDict:
+        """Evaluation on ``DATASETS.TEST``, with label maps and run lengths where all evaluators take them.
+
+        Args:
+            evaluators: one, or one per dataset; None: those of :meth:`build_evaluator`.
+        """
+        if not cfg.TEST.LIGHT_OUTPUTS:
+            return super().test(cfg, model, evaluators)
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        elif isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        with light_outputs(model, evaluators):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:

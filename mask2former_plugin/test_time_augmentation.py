@@ -12,7 +12,9 @@ from fvcore.transforms import HFlipTransform
 from torch import nn
 
 from mask2former_plugin.modeling.inference import ImageMasks, SemanticTask, needed_queries, run_tasks
+from mask2former_plugin.modeling.inference.light_outputs import LabelMap
 from mask2former_plugin.modeling.inference.query_fusion import FusedPasses, Pass
+from mask2former_plugin.modeling.inference.upsampling import first_largest
 from mask2former_plugin.modeling.mask_logits import mask_logits_of
 from mask2former_plugin.modeling.meta_arch import MaskFormer
 
@@ -29,7 +31,7 @@ def _without_wrapper(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-class _WithTTA(nn.Module):
+class WithTTA(nn.Module):
     """One image at a time: makes the augmented copies of an input dict.
 
     Args:
@@ -66,8 +68,18 @@ class _WithTTA(nn.Module):
     def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _as_wanted(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[K, H, W]``, or their classes if the model is set to give these."""
+        if not self._gives_label_maps:
+            return scores
+        return first_largest(scores).as_subclass(LabelMap)
 
-class SemanticSegmentorWithTTA(_WithTTA):
+    @property
+    def _gives_label_maps(self) -> bool:
+        return isinstance(self.model, MaskFormer) and self.model.semantic_label_map
+
+
+class SemanticSegmentorWithTTA(WithTTA):
     """Averages the semantic scores of a model over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, their
     mirror images.
 
@@ -83,8 +95,19 @@ class SemanticSegmentorWithTTA(_WithTTA):
         self.batch_size = batch_size
 
     def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
-        """``sem_seg`` only: the mean over the copies, ``[K, height, width]``."""
+        """``sem_seg`` only: the mean over the copies, ``[K, height, width]``, or its best classes."""
         copies, flipped = self._copies(x)
+        wanted = self._gives_label_maps
+        if wanted:
+            self.model.semantic_label_map = False
+        try:
+            total = self._sum(copies, flipped)
+        finally:
+            if wanted:
+                self.model.semantic_label_map = True
+        return {SemanticTask.name: self._as_wanted(total / len(copies))}
+
+    def _sum(self, copies: list[dict[str, Any]], flipped: list[bool]) -> torch.Tensor:
         total = None
         for start in range(0, len(copies), self.batch_size):
             outputs = self.model(copies[start : start + self.batch_size])
@@ -92,10 +115,10 @@ class SemanticSegmentorWithTTA(_WithTTA):
                 scores = output["sem_seg"].flip(2) if is_flipped else output["sem_seg"]
                 # clone once: the sum is taken in place and must not change the model's output
                 total = scores.clone() if total is None else total.add_(scores)
-        return {"sem_seg": total / len(copies)}
+        return total
 
 
-class MaskClassificationWithTTA(_WithTTA):
+class MaskClassificationWithTTA(WithTTA):
     """A :class:`MaskFormer` over the scales ``TEST.AUG.MIN_SIZES`` and, with ``TEST.AUG.FLIP``, mirrored images.
 
     Semantic scores are averaged over the copies, as :class:`SemanticSegmentorWithTTA` does. Averages of finished
@@ -114,7 +137,8 @@ class MaskClassificationWithTTA(_WithTTA):
         passes = [self._pass(*copy) for copy in zip(*self._copies(x))]
         result = {}
         if self.model.semantic_on:
-            result[SemanticTask.name] = sum(self._semantic(one, size) for one in passes) / len(passes)
+            scores = sum(self._semantic(one, size) for one in passes) / len(passes)
+            result[SemanticTask.name] = self._as_wanted(scores)
         fused = FusedPasses(passes)
         tasks = self.model.inference_tasks(fused.class_logits(), size)
         tasks = [task for task in tasks if not isinstance(task, SemanticTask)]

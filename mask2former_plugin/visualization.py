@@ -55,7 +55,10 @@ def draw_prediction(
         return visualizer.draw_panoptic_seg(segments.cpu(), info).get_image()
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        return visualizer.draw_instance_predictions(instances[instances.scores >= min_score]).get_image()
+        instances = instances[instances.scores >= min_score]
+        if instances.has("pred_masks_rle"):
+            instances.pred_masks = list(instances.pred_masks_rle)
+        return visualizer.draw_instance_predictions(instances).get_image()
     if "sem_seg" in output:
         scores = output["sem_seg"]
         labels = scores.argmax(0) if scores.ndim == 3 else scores

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mask2former_plugin.evaluation.boundary import DEFAULT_DILATION_RATIO, mask_boundary
-from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
+from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator, RunLengthCOCOEvaluator
 
 RESULT_KEY = "segm_boundary"
 
@@ -170,7 +169,7 @@ class _WithBoundaryAP:
         self._results[RESULT_KEY] = self._derive_coco_results(evaluation, "segm", class_names=names)
 
 
-class BoundaryCOCOEvaluator(_WithBoundaryAP, COCOEvaluator):
+class BoundaryCOCOEvaluator(_WithBoundaryAP, RunLengthCOCOEvaluator):
     """``COCOEvaluator`` that reports boundary AP too, under ``segm_boundary``."""
 
 

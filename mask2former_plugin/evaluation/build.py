@@ -14,13 +14,16 @@ from detectron2.evaluation import (
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    LVISEvaluator,
     SemSegEvaluator,
 )
 from detectron2.utils.file_io import PathManager
 
 from mask2former_plugin.evaluation.boundary_ap import BoundaryCOCOEvaluator, BoundaryInstanceSegEvaluator
-from mask2former_plugin.evaluation.instance_evaluation import InstanceSegEvaluator
+from mask2former_plugin.evaluation.instance_evaluation import (
+    InstanceSegEvaluator,
+    RunLengthCOCOEvaluator,
+    RunLengthLVISEvaluator,
+)
 from mask2former_plugin.evaluation.panoptic_evaluation import BoundaryPanopticEvaluator
 from mask2former_plugin.evaluation.semantic_pq import SemanticPQEvaluator
 
@@ -61,10 +64,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if kind == "sem_seg":
         evaluators += _semantic(cfg, dataset_name, output_folder)
     elif kind == "coco":
-        evaluators.append(_instances(cfg, dataset_name, output_folder, COCOEvaluator, BoundaryCOCOEvaluator))
+        evaluators.append(_instances(cfg, dataset_name, output_folder, RunLengthCOCOEvaluator, BoundaryCOCOEvaluator))
     elif kind == "lvis":
         _warn_no_boundary(cfg, dataset_name)
-        evaluators.append(LVISEvaluator(dataset_name, output_dir=output_folder))
+        evaluators.append(RunLengthLVISEvaluator(dataset_name, output_dir=output_folder))
     elif kind == "cityscapes_instance":
         _warn_no_boundary(cfg, dataset_name)
         evaluators.append(CityscapesInstanceEvaluator(dataset_name))
@@ -86,7 +89,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         if tasks.SEMANTIC_ON and _has(metadata, "sem_seg_root", "mIoU"):
             evaluators += _semantic(cfg, dataset_name, output_folder)
         if tasks.INSTANCE_ON and _has(metadata, "json_file", "AP"):
-            classes = (COCOEvaluator, BoundaryCOCOEvaluator)
+            classes = (RunLengthCOCOEvaluator, BoundaryCOCOEvaluator)
             if kind != "coco_panoptic_seg":
                 classes = (InstanceSegEvaluator, BoundaryInstanceSegEvaluator)
             evaluators.append(_instances(cfg, dataset_name, output_folder, *classes))

@@ -51,6 +51,8 @@ class MaskFormer(nn.Module):
         panoptic_require_mask: see :class:`PanopticTask`.
         instance_things_first: see :class:`InstanceTask`; counts only with ``panoptic_on``, without it all classes may
             be instances.
+        semantic_label_map: ``sem_seg`` is a :class:`LabelMap`; scores of the whole image never exist.
+        instance_run_lengths: ``instances`` have ``pred_masks_rle`` instead of ``pred_masks``; dense masks never exist.
     """
 
     @configurable
@@ -74,6 +76,8 @@ class MaskFormer(nn.Module):
         test_topk_per_image: int = 100,
         panoptic_require_mask: bool = True,
         instance_things_first: bool = False,
+        semantic_label_map: bool = False,
+        instance_run_lengths: bool = False,
     ) -> None:
         super().__init__()
         if not (semantic_on or panoptic_on or instance_on):
@@ -99,6 +103,8 @@ class MaskFormer(nn.Module):
         self.test_topk_per_image = test_topk_per_image
         self.panoptic_require_mask = panoptic_require_mask
         self.instance_things_first = instance_things_first
+        self.semantic_label_map = semantic_label_map
+        self.instance_run_lengths = instance_run_lengths
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -127,6 +133,8 @@ class MaskFormer(nn.Module):
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "panoptic_require_mask": options.TEST.PANOPTIC_REQUIRE_MASK,
             "instance_things_first": options.TEST.INSTANCE_THINGS_FIRST,
+            "semantic_label_map": options.TEST.SEMANTIC_LABEL_MAP,
+            "instance_run_lengths": options.TEST.INSTANCE_RUN_LENGTHS,
         }
 
     @property
@@ -146,7 +154,9 @@ class MaskFormer(nn.Module):
             In training: weighted losses by name. Otherwise one dict per image: ``sem_seg`` ``[K, H, W]`` scores;
             ``panoptic_seg``: ids ``[H, W]`` int32 (0 = void) and a list of ``id``, ``isthing``, ``category_id``;
             ``instances``: Instances with ``pred_masks`` bool ``[N, H, W]``, ``pred_boxes``, ``scores``,
-            ``pred_classes``.
+            ``pred_classes``. With ``semantic_label_map`` ``sem_seg`` is classes int64 ``[H, W]``, with
+            ``instance_run_lengths`` the field ``pred_masks_rle``, a list of COCO's run lengths, stands for
+            ``pred_masks``.
 
         Raises:
             ValueError: no or inconsistent ground truth in training; the file is named.
@@ -216,7 +226,7 @@ class MaskFormer(nn.Module):
         """
         tasks = []
         if self.semantic_on:
-            tasks.append(SemanticTask(class_logits, size))
+            tasks.append(SemanticTask(class_logits, size, label_map=self.semantic_label_map))
         things = self._thing_classes() if self.panoptic_on else None
         if self.panoptic_on:
             tasks.append(
@@ -237,6 +247,7 @@ class MaskFormer(nn.Module):
                     top_k=self.test_topk_per_image,
                     thing_classes=things,
                     things_first=self.instance_things_first,
+                    encoded=self.instance_run_lengths,
                 )
             )
         return tasks

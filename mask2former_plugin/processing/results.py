@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import pycocotools.mask
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
@@ -120,9 +118,9 @@ class PostProcessing:
         results: list[Any] = []
         for index, class_logits, size in predictions:
             found = predictions.run(index, SemanticTask(class_logits, size, label_map=not return_segmentation_scores))
-            if return_segmentation_scores:
-                found = {"segmentation": found.argmax(0), "segmentation_scores": found}
-            results.append(found)
+            labels = found.argmax(dim=0)
+            scored = {"segmentation": labels, "segmentation_scores": found}
+            results.append(scored if return_segmentation_scores else labels)
         return results
 
     @torch.no_grad()
@@ -170,12 +168,14 @@ class PostProcessing:
         for index, class_logits, size in predictions:
             likely = class_probabilities(class_logits)[:, :-1] >= threshold  # no score is above its class probability
             top_k = min(len(class_logits), int(likely.sum()))
-            task = InstanceTask(class_logits, size, top_k=top_k, mask_threshold=mask_threshold)
+            task = InstanceTask(
+                class_logits, size, top_k=top_k, mask_threshold=mask_threshold, encoded=return_coco_annotation
+            )
             instances = _kept(predictions.run(index, task), threshold)
             if return_binary_maps:
                 segmentation: Any = instances.pred_masks
             elif return_coco_annotation:
-                segmentation = [_run_lengths(mask) for mask in instances.pred_masks]
+                segmentation = list(instances.pred_masks_rle)
             else:
                 segmentation, painted = _id_map(instances.pred_masks, overlap_mask_area_threshold)
                 instances = instances[painted]
@@ -240,7 +240,7 @@ def _segment(number: int, label: int, score: float, fused: bool) -> dict[str, An
 
 def _kept(instances: Instances, threshold: float) -> Instances:
     """Instances with pixels and a score of ``threshold`` or more, the best first."""
-    keep = (instances.scores >= threshold) & instances.pred_masks.flatten(1).any(1)
+    keep = (instances.scores >= threshold) & instances.pred_boxes.nonempty()
     instances = instances[keep]
     return instances[instances.scores.argsort(descending=True, stable=True)]
 
@@ -256,9 +256,3 @@ def _id_map(masks: Tensor, least_visible: float) -> tuple[Tensor, Tensor]:
             ids[visible] = len(painted)
             painted.append(i)
     return ids, torch.tensor(painted, dtype=torch.int64, device=masks.device)
-
-
-def _run_lengths(mask: Tensor) -> dict[str, Any]:
-    """COCO's run lengths of a mask ``[H, W]``, ready for JSON."""
-    encoded = pycocotools.mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}

@@ -5,13 +5,14 @@ import logging
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.evaluation import (
     BoundaryCOCOEvaluator,
     BoundaryInstanceSegEvaluator,
     BoundaryPanopticEvaluator,
+    RunLengthCOCOEvaluator,
     SemanticPQEvaluator,
     build_evaluator,
 )
@@ -54,7 +55,7 @@ def kinds_for(tmp_path):
 
 
 def test_off_by_default(kinds_for):
-    assert kinds_for("coco_panoptic_seg")[0] == [COCOPanopticEvaluator, SemSegEvaluator, COCOEvaluator]
+    assert kinds_for("coco_panoptic_seg")[0] == [COCOPanopticEvaluator, SemSegEvaluator, RunLengthCOCOEvaluator]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as coco_mask
 
 from mask2former_plugin.config import load_config
-from mask2former_plugin.evaluation import InstanceSegEvaluator, build_evaluator
+from mask2former_plugin.evaluation import InstanceSegEvaluator, RunLengthCOCOEvaluator, build_evaluator
 
 
 def tasks(semantic, instance, panoptic):
@@ -100,7 +100,7 @@ def test_coco_panoptic_without_semantic_labels_is_evaluated_by_pq_alone(dataset,
     vars(metadata).update(evaluator_type="coco_panoptic_seg", sem_seg_root=None)
     cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path), *tasks(True, True, True)])
     kinds = [type(e) for e in build_evaluator(cfg, name)._evaluators]
-    assert kinds == [COCOPanopticEvaluator, COCOEvaluator]
+    assert kinds == [COCOPanopticEvaluator, RunLengthCOCOEvaluator]
 
 
 def test_unknown_evaluator_type_is_explained(dataset):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pycocotools.mask
 import torch
 from torch import Tensor
 
+from mask2former_plugin.modeling.inference.light_outputs import RunLengths, encode_changes
 from mask2former_plugin.modeling.inference.upsampling import Buffers, Range
 
 
@@ -85,8 +85,8 @@ class RunLengthMasks:
         start = positions.cpu().numpy()[mask] * (self._pixels + 1)
         self._changes.append(start + (x + columns[0]) * self._size[0] + y + rows[0])
 
-    def result(self, sources: Sequence[int], boxes: Tensor) -> list[dict]:
-        """Of each mask ``{"size": [H, W], "counts": str}``.
+    def result(self, sources: Sequence[int], boxes: Tensor) -> RunLengths:
+        """Run lengths of the masks.
 
         Args:
             sources: of each mask, the position of the one that it repeats.
@@ -98,13 +98,7 @@ class RunLengthMasks:
         alone[1:] &= ~same
         alone[:-1] &= ~same
         changes = changes[alone]
-        mask_starts = np.arange(len(boxes) + 1) * (self._pixels + 1)
-        bounds = np.searchsorted(changes, mask_starts)
-        codes = []
-        for start, low, high in zip(mask_starts, bounds, bounds[1:]):
-            ends = changes[low:high] - start
-            ends = np.concatenate([[0], ends[ends < self._pixels], [self._pixels]])
-            codes.append({"size": list(self._size), "counts": np.diff(ends).tolist()})
-        encoded = pycocotools.mask.frPyObjects(codes, *self._size) if codes else []
-        texts = [code["counts"].decode("ascii") for code in encoded]
-        return [{"size": list(self._size), "counts": texts[source]} for source in sources]
+        starts = np.arange(len(boxes) + 1) * (self._pixels + 1)
+        bounds = np.searchsorted(changes, starts)
+        distinct = encode_changes([changes[i:j] - s for s, i, j in zip(starts, bounds, bounds[1:])], self._size)
+        return distinct[list(sources)] if len(sources) else RunLengths()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mask2former_plugin.modeling.inference.light_outputs import LabelMap
 from mask2former_plugin.modeling.inference.upsampling import (
     AxisResize,
     Buffers,
@@ -43,7 +44,7 @@ class SemanticTask:
         self._label_map = label_map
 
     def run(self, masks: ImageMasks) -> Tensor:
-        """Scores, not normalised, ``[K, H, W]``; or classes int64 ``[H, W]``.
+        """Scores, not normalised, ``[K, H, W]``; or a :class:`LabelMap` ``[H, W]``.
 
         Args:
             masks: logits of all queries.
@@ -78,7 +79,7 @@ class SemanticTask:
                 resized = buffers("resized", (len(weights), *target.shape[-2:]), scores.dtype)
                 scores = resize_block(scores, row_weights, column_weights, resized)
             target.copy_(classes[first_largest(scores)] if self._label_map else scores)
-        return result
+        return result.as_subclass(LabelMap) if self._label_map else result
 
     def _candidates(self, masks: ImageMasks, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> Tensor:
         """Which classes may be the largest anywhere in a tile, bool ``[K, tiles]`` on the CPU."""

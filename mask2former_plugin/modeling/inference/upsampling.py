@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Height and width of a tile, and of one in which all masks are computed. On a CPU small tiles stay in the cache and
 # tell more precisely where a mask may be; a GPU wants more work per kernel.
-_TILE = {"cpu": ((96, 256), (32, 256))}
+_TILE = {"cpu": ((96, 256), (32, 128))}
 _TILE_GPU = ((512, 512), (512, 512))
 # Bounds are widened by this part of the largest logit; rounding carries a resized value less far beyond its neighbours.
 _ROUNDING = 1e-5
