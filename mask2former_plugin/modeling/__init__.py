@@ -9,6 +9,7 @@ from mask2former_plugin.modeling.pixel_decoders import (
     TransformerEncoderPixelDecoder,
     build_pixel_decoder,
 )
+from mask2former_plugin.modeling.target_masks import RunLengthMasks
 from mask2former_plugin.modeling.transformer_decoders import (
     TRANSFORMER_DECODER_REGISTRY,
     MultiScaleMaskedTransformerDecoder,
@@ -26,6 +27,7 @@ __all__ = [
     "MultiScaleMaskedTransformerDecoder",
     "PerPixelBaselineHead",
     "PerPixelBaselinePlusHead",
+    "RunLengthMasks",
     "StandardTransformerDecoder",
     "TRANSFORMER_DECODER_REGISTRY",
     "TransformerEncoderPixelDecoder",

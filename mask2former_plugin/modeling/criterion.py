@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,10 +12,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mask2former_plugin.modeling.mask_logits import MaskLogits
-from mask2former_plugin.modeling.matcher import FOCAL_ALPHA, HungarianMatcher, Match, in_full_precision
-from mask2former_plugin.modeling.point_sampling import DeferredRand, sample_logits, uncertain_points
-from mask2former_plugin.modeling.target_masks import common_size, pad_masks, sample_masks
+from mask2former_plugin.modeling.mask_logits import MaskLogits, multiply_out
+from mask2former_plugin.modeling.matcher import FOCAL_ALPHA, HungarianMatcher, Match, Prediction, in_full_precision
+from mask2former_plugin.modeling.point_losses import MatchedMasks, point_losses
+from mask2former_plugin.modeling.point_sampling import LossPoints, uncertain_points
+from mask2former_plugin.modeling.target_masks import common_size, decoded, pad_masks
 
 # Full-size masks of the dense loss are made a few at a time: at most so many pixels at once (16 MB in float32).
 _PIXELS_AT_ONCE = 2**22
@@ -104,80 +106,158 @@ class SetCriterion(nn.Module):
         padded_size = padded_size or common_size([t["masks"] for t in targets])
         named = [("", outputs)] + [(f"_{i}", aux) for i, aux in enumerate(outputs.get("aux_outputs", ()))]
         named = [(suffix, prediction) for suffix, prediction in named if self._wanted(suffix)]
-        suffixes, predictions = [n[0] for n in named], [n[1] for n in named]
         device = outputs["pred_logits"].device
         with torch.autocast(device.type, enabled=False):
-            matching_points, loss_points = self._draw_points(predictions, targets, device)
-            matches = self.matcher.match(predictions, targets, padded_size, matching_points)
+            predictions = in_full_precision([prediction for _, prediction in named])
+            pairs, points = self._match(predictions, targets, padded_size)
             num_masks = average_number_of_masks(targets, device)
-            result = {}
-            for i, (class_logits, mask_logits) in enumerate(in_full_precision(predictions)):
-                losses = {}
-                if "labels" in self.losses:
-                    losses["loss_ce"] = self._class_loss(class_logits, targets, matches[i])
-                if "masks" in self.losses:
-                    if self.num_points:
-                        sums = self._point_losses(mask_logits, targets, matches[i], padded_size, loss_points[i])
-                    else:
-                        sums = dense_losses(mask_logits, targets, matches[i], padded_size)
-                    losses["loss_mask"], losses["loss_dice"] = (s / num_masks for s in sums)
-                result.update({name + suffixes[i]: loss for name, loss in losses.items()})
-        return result
+            losses = {}
+            if "labels" in self.losses:
+                losses["loss_ce"] = self._class_losses([logits for logits, _ in predictions], targets, pairs)
+            if "masks" in self.losses:
+                masks = [masks for _, masks in predictions]
+                if self.num_points:
+                    sums = self._point_losses(masks, targets, pairs, padded_size, points)
+                else:
+                    sums = zip(
+                        *(dense_losses(some, targets, own, padded_size) for some, own in zip(masks, pairs))
+                    )
+                losses["loss_mask"], losses["loss_dice"] = ([s / num_masks for s in of_kind] for of_kind in sums)
+        return {
+            name + suffix: of_kind[i] for i, (suffix, _) in enumerate(named) for name, of_kind in losses.items()
+        }
 
     def _wanted(self, suffix: str) -> bool:
         return not self.weight_dict or any(
             f"{name}{suffix}" in self.weight_dict for name in ("loss_ce", "loss_mask", "loss_dice")
         )
 
-    def _draw_points(
-        self, predictions: Sequence[Mapping], targets: Sequence[Mapping], device: torch.device
-    ) -> tuple[list[Tensor] | None, list[tuple[DeferredRand, DeferredRand]]]:
-        """Points of matching and loss of each prediction, in the order in which the original draws them."""
-        matching, losses = [], []
-        for prediction in predictions:
-            if self.matcher.num_points:
-                matching.append(self.matcher.draw_points(len(targets), device))
-            if self.num_points and "masks" in self.losses:
-                matched = sum(min(len(t["labels"]), prediction["pred_logits"].shape[1]) for t in targets)
-                candidates = DeferredRand(matched, int(self.num_points * self.oversample_ratio), 2, device=device)
-                losses.append(
-                    (candidates, DeferredRand(matched, self.num_points - self._num_uncertain, 2, device=device))
-                )
-        return matching or None, losses
+    def _match(
+        self,
+        predictions: Sequence[Prediction],
+        targets: Sequence[Mapping],
+        padded_size: tuple[int, int],
+    ) -> tuple[list[list[Match]], list[Tensor]]:
+        """Matches of each prediction and image, and the points of the losses of each prediction.
+
+        The random numbers of matching and losses come in the order in which the original draws them. On a CPU the
+        predictions take turns; elsewhere all are matched at once, for which the draws of the losses are put off.
+        """
+        device = predictions[0][0].device
+        matcher = self.matcher.prepared(targets, padded_size)
+        at_once = 1 if _takes_turns(device) else len(predictions)
+        with_points = self.num_points and "masks" in self.losses
+        matches, points = [], []
+        for start in range(0, len(predictions), at_once):
+            group = predictions[start : start + at_once]
+            matching, draws = [], []
+            for class_logits, _ in group:
+                if self.matcher.num_points:
+                    matching.append(self.matcher.draw_points(len(targets), device))
+                if with_points:
+                    number = sum(min(len(t["labels"]), class_logits.shape[1]) for t in targets)
+                    candidates = int(self.num_points * self.oversample_ratio)
+                    others = self.num_points - self._num_uncertain
+                    draws.append(LossPoints(number, candidates, others, device, deferred=at_once > 1))
+            found = matcher(group, matching)
+            matches += found
+            points += [
+                self._choose_points(masks, own, draw) for (_, masks), own, draw in zip(group, found, draws)
+            ]
+        return matches, points
+
+    @torch.no_grad()
+    def _choose_points(self, masks: MaskLogits, matches: Sequence[Match], draws: LossPoints) -> Tensor:
+        """Points of each matched mask of a prediction, image by image, ``[N, num_points, 2]``."""
+        batch, query = _flat_matches(matches)
+        rows = (batch * masks.embed.shape[1] + query).to(masks.embed.device, non_blocking=True)
+        embed, images = masks.embed.flatten(0, 1).index_select(0, rows), batch.tolist()
+        chosen, start = [], 0
+        for candidates in draws.candidates():
+            stop = start + len(candidates)
+            counts = [images[start:stop].count(image) for image in range(len(matches))]
+            logits = multiply_out(embed[start:stop], counts, masks.features)
+            chosen.append(uncertain_points(logits, candidates, self._num_uncertain))
+            start = stop
+        return torch.cat([torch.cat(chosen), draws.others()], dim=1)
 
     @property
     def _num_uncertain(self) -> int:
         return int(self.importance_sample_ratio * self.num_points)
 
-    def _class_loss(self, logits: Tensor, targets: Sequence[Mapping], matches: Sequence[Match]) -> Tensor:
-        classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        labels = torch.cat([t["labels"][match[1].to(logits.device)] for t, match in zip(targets, matches)])
-        batch, query = _flat_matches(matches)
-        classes[batch.to(logits.device), query.to(logits.device)] = labels
-        return F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight.to(logits.dtype))
+    def _class_losses(
+        self, logits: Sequence[Tensor], targets: Sequence[Mapping], matches: Sequence[Sequence[Match]]
+    ) -> list[Tensor]:
+        """Weighted mean cross-entropy of each prediction."""
+        device = logits[0].device
+        labels = torch.cat([t["labels"] for t in targets])
+        starts = [0, *itertools.accumulate(len(t["labels"]) for t in targets)]
+        shapes = [tuple(some.shape[:2]) for some in logits]
+        first = [0, *itertools.accumulate(batch * queries for batch, queries in shapes)]
+        rows, wanted = [], []
+        for begin, (_, queries), found in zip(first, shapes, matches):
+            for image, (query, target) in enumerate(found):
+                rows.append(query + (begin + image * queries))
+                wanted.append(target + starts[image])
+        rows, wanted = torch.stack([torch.cat(rows), torch.cat(wanted)]).to(device, non_blocking=True)
+        classes = torch.full((first[-1],), self.num_classes, dtype=torch.int64, device=device)
+        classes[rows] = labels[wanted]
+        weight = self.empty_weight.to(logits[0].dtype)
+        errors = F.cross_entropy(torch.cat([some.flatten(0, 1) for some in logits]), classes, weight, reduction="none")
+        sizes = [batch * queries for batch, queries in shapes]
+        return [e.sum() / w.sum() for e, w in zip(errors.split(sizes), weight[classes].split(sizes))]
 
     def _point_losses(
         self,
-        masks: MaskLogits,
+        masks: Sequence[MaskLogits],
         targets: Sequence[Mapping],
-        matches: Sequence[Match],
+        matches: Sequence[Sequence[Match]],
         padded_size: tuple[int, int],
-        draws: tuple[DeferredRand, DeferredRand],
-    ) -> tuple[Tensor, Tensor]:
-        logits = masks.select(*_flat_matches(matches))
-        points = uncertain_points(logits, draws[0].values(), self._num_uncertain, draws[1].values())
-        own_points = points.split([len(match[1]) for match in matches])
-        truth = torch.cat(
-            [
-                sample_masks(target["masks"][match[1].to(points.device)], p, padded_size)
-                for target, match, p in zip(targets, matches, own_points)
-            ]
-        )
-        sampled = sample_logits(logits, points)
-        cross_entropy = (
-            F.binary_cross_entropy_with_logits(sampled, truth.to(sampled.dtype), reduction="none").mean(1).sum()
-        )
-        return cross_entropy, dice_losses(sampled.sigmoid(), truth).sum()
+        points: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Cross-entropy and dice loss of each prediction, summed over masks."""
+        cross_entropy, dice = [None] * len(masks), [None] * len(masks)
+        by_features: dict[int, list[int]] = {}
+        for number, some in enumerate(masks):
+            by_features.setdefault(id(some.features), []).append(number)
+        for numbers in by_features.values():
+            group = [masks[number] for number in numbers]
+            rows = _matched_rows([(some.embed.shape[1], matches[number]) for some, number in zip(group, numbers)])
+            order = sorted(range(len(rows)), key=lambda i: rows[i][1:3])
+            host = torch.tensor([(rows[i][0], i, rows[i][3]) for i in order], dtype=torch.int64).view(-1, 3).T
+            embed_row, place, prediction = host.contiguous().to(group[0].embed.device, non_blocking=True)
+            embed = torch.cat([some.embed.flatten(0, 1) for some in group]).index_select(0, embed_row)
+            matched = MatchedMasks(
+                [rows[i][1:3] for i in order],
+                torch.cat([points[number] for number in numbers]),
+                place,
+                [t["masks"] for t in targets],
+                padded_size,
+            )
+            losses = torch.stack(point_losses(embed, group[0].features, matched))
+            sums = losses.new_zeros((2, len(numbers))).index_add(1, prediction, losses)
+            for column, number in enumerate(numbers):
+                cross_entropy[number], dice[number] = sums[:, column]
+        return cross_entropy, dice
+
+
+def _takes_turns(device: torch.device) -> bool:
+    """Whether predictions are matched one by one: on a CPU nothing waits for results, and draws are used at once."""
+    return device.type == "cpu"
+
+
+def _matched_rows(predictions: Sequence[tuple[int, Sequence[Match]]]) -> list[tuple[int, int, int, int]]:
+    """Row in the embeddings of all predictions, image, target and prediction of every match.
+
+    Args:
+        predictions: number of queries and matches of each image of each prediction.
+    """
+    rows, start = [], 0
+    for number, (queries, matches) in enumerate(predictions):
+        for image, (query, target) in enumerate(matches):
+            rows += [(start + q, image, t, number) for q, t in zip(query.tolist(), target.tolist())]
+            start += queries
+    return rows
 
 
 def average_number_of_masks(targets: Sequence[Mapping], device: torch.device) -> float | Tensor:
@@ -207,12 +287,11 @@ def dense_losses(
     logits = masks.select(*_flat_matches(matches))
     focal = dice = logits.sum() * 0
     for target, match, own_logits in zip(targets, matches, logits.split([len(match[1]) for match in matches])):
-        chosen = match[1].to(logits.device)
-        for some_logits, some in zip(own_logits.split(at_once), chosen.split(at_once)):
+        for some_logits, some in zip(own_logits.split(at_once), match[1].split(at_once)):
             sums = checkpoint(
                 _dense_losses,
                 some_logits,
-                target["masks"][some],
+                decoded(target["masks"], some),
                 padded_size,
                 use_reentrant=False,
                 preserve_rng_state=False,

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from mask2former_plugin.modeling.layers.linear import linear
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
-from mask2former_plugin.modeling.target_masks import common_size, resize_masks, sample_masks
+from mask2former_plugin.modeling.target_masks import PackedMasks, common_size, resize_masks
 
 FOCAL_ALPHA = 0.25
 Match = tuple[Tensor, Tensor]
+Prediction = tuple[Tensor, MaskLogits]
 
 
-def in_full_precision(predictions: Sequence[Mapping]) -> list[tuple[Tensor, MaskLogits]]:
-    """Class and mask logits of each prediction, in float32 or more; what predictions share is converted once."""
+def in_full_precision(predictions: Sequence[Mapping]) -> list[Prediction]:
+    """Class and mask logits of each prediction, in float32 or more; what predictions share is converted once.
+
+    Per-pixel embeddings become channels-last: sampling reads all channels of a pixel at once.
+    """
     converted: dict[int, Tensor] = {}
 
-    def convert(tensor: Tensor) -> Tensor:
-        if tensor.dtype in (torch.float32, torch.float64):
-            return tensor
+    def convert(tensor: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+        dtype = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         if id(tensor) not in converted:
-            converted[id(tensor)] = tensor.float()
+            converted[id(tensor)] = tensor.to(dtype, memory_format=layout)
         return converted[id(tensor)]
 
     result = []
     for prediction in predictions:
         masks = mask_logits_of(prediction)
-        result.append((convert(prediction["pred_logits"]), MaskLogits(convert(masks.embed), convert(masks.features))))
+        features = convert(masks.features, torch.channels_last)
+        result.append((convert(prediction["pred_logits"]), MaskLogits(convert(masks.embed), features)))
     return result
 
 
@@ -66,7 +71,6 @@ class HungarianMatcher(nn.Module):
         """Matches of one prediction; see :meth:`match`."""
         return self.match([outputs], targets, padded_size)[0]
 
-    @torch.no_grad()
     def match(
         self,
         predictions: Sequence[Mapping],
@@ -96,56 +100,73 @@ class HungarianMatcher(nn.Module):
             full = in_full_precision(predictions)
             if self.num_points and points is None:
                 points = [self.draw_points(len(targets), device) for _ in full]
-            costs = []
-            for i, (class_logits, mask_logits) in enumerate(full):
-                if self.num_points:
-                    mask_costs = self._point_costs(mask_logits, targets, points[i], padded_size)
-                else:
-                    mask_costs = self._dense_costs(mask_logits, targets, padded_size)
-                probabilities = class_logits.softmax(-1)
-                costs += [
-                    cost - self.cost_class * probability[:, target["labels"]]
-                    for cost, probability, target in zip(mask_costs, probabilities, targets)
-                ]
-            on_host = torch.cat([c.flatten() for c in costs]).cpu()
-        if not torch.isfinite(on_host).all():
-            raise FloatingPointError(_explain_not_finite(full))
-        matrices = on_host.split([c.numel() for c in costs])
-        matches = [_assign(m.reshape(c.shape)) for m, c in zip(matrices, costs)]
-        return [matches[i : i + len(targets)] for i in range(0, len(matches), len(targets))]
+            return self.prepared(targets, padded_size)(full, points)
+
+    def prepared(
+        self, targets: Sequence[Mapping], padded_size: tuple[int, int]
+    ) -> Callable[[Sequence[Prediction], Sequence[Tensor]], list[list[Match]]]:
+        """Matching of predictions in full precision, at their points, with these targets; see :meth:`match`."""
+        return _TargetMatcher(self, targets, padded_size)
 
     def draw_points(self, batch: int, device: torch.device) -> Tensor:
         """Fresh random points, ``[batch, num_points, 2]``, drawn image by image as the original does."""
         return torch.cat([torch.rand(1, self.num_points, 2, device=device) for _ in range(batch)])
 
-    def _point_costs(
-        self, masks: MaskLogits, targets: Sequence[Mapping], points: Tensor, size: tuple[int, int]
-    ) -> list[Tensor]:
+
+class _TargetMatcher:
+    """Matching with the targets of a batch, of which is prepared what all predictions need."""
+
+    def __init__(self, matcher: HungarianMatcher, targets: Sequence[Mapping], padded_size: tuple[int, int]) -> None:
+        self.matcher = matcher
+        self.targets = targets
+        self.padded_size = padded_size
+        self.packed = [PackedMasks(t["masks"]) for t in targets] if matcher.num_points else []
+
+    @torch.no_grad()
+    def __call__(self, predictions: Sequence[Prediction], points: Sequence[Tensor]) -> list[list[Match]]:
         costs = []
-        for logits, target, image_points in zip(masks.at(points), targets, points):
-            truth = sample_masks(target["masks"], image_points, size).to(logits.dtype)
+        for i, (class_logits, masks) in enumerate(predictions):
+            mask_costs = self._point_costs(masks, points[i]) if self.matcher.num_points else self._dense_costs(masks)
+            probabilities = class_logits.softmax(-1)
+            costs += [
+                cost - self.matcher.cost_class * probability[:, target["labels"]]
+                for cost, probability, target in zip(mask_costs, probabilities, self.targets)
+            ]
+        on_host = torch.cat([c.flatten() for c in costs]).cpu()
+        if not torch.isfinite(on_host).all():
+            raise FloatingPointError(_explain_not_finite(predictions))
+        matrices = on_host.split([c.numel() for c in costs])
+        matches = [_assign(m.reshape(c.shape)) for m, c in zip(matrices, costs)]
+        number = len(self.targets)
+        return [matches[i : i + number] for i in range(0, len(matches), number)]
+
+    def _point_costs(self, masks: MaskLogits, points: Tensor) -> list[Tensor]:
+        costs = []
+        for embed, features, packed, own in zip(masks.embed, masks.features_at(points), self.packed, points):
+            logits = linear(features, embed)  # [P, Q]
+            truth = packed.sample(own.to(logits.dtype), self.padded_size).T.contiguous()  # [n, P]
             # -log σ(x) and -log(1 - σ(x)) differ by x, which leaves one product where the plain formula has two
-            cross_entropy = F.softplus(logits).sum(1, keepdim=True) - logits @ truth.T
-            costs.append(self._mask_costs(cross_entropy / logits.shape[1], logits, truth))
+            cross_entropy = F.softplus(logits).sum(0)[:, None] - (truth @ logits).T
+            costs.append(self._mask_costs(cross_entropy / len(logits), logits.sigmoid(), truth))
         return costs
 
-    def _dense_costs(self, masks: MaskLogits, targets: Sequence[Mapping], size: tuple[int, int]) -> list[Tensor]:
+    def _dense_costs(self, masks: MaskLogits) -> list[Tensor]:
         costs = []
-        for logits, target in zip(masks.dense(), targets):
-            truth = resize_masks(target["masks"], masks.size, size).flatten(1).to(logits.dtype)
-            logits = logits.flatten(1)
+        for logits, target in zip(masks.dense(), self.targets):
+            truth = resize_masks(target["masks"], masks.size, self.padded_size).flatten(1).to(logits.dtype)
+            logits = logits.flatten(1).T
             probability = logits.sigmoid()
             if_true = FOCAL_ALPHA * (1 - probability) ** 2 * F.softplus(-logits)
             if_false = (1 - FOCAL_ALPHA) * probability**2 * F.softplus(logits)
-            focal = if_false.sum(1, keepdim=True) + (if_true - if_false) @ truth.T
-            costs.append(self._mask_costs(focal / logits.shape[1], logits, truth))
+            focal = if_false.sum(0)[:, None] + (truth @ (if_true - if_false)).T
+            costs.append(self._mask_costs(focal / len(logits), probability, truth))
         return costs
 
-    def _mask_costs(self, mask_cost: Tensor, logits: Tensor, truth: Tensor) -> Tensor:
-        probability = logits.sigmoid()
-        overlap = 2 * (probability @ truth.T)
-        total = probability.sum(1, keepdim=True) + truth.sum(1)
-        return self.cost_mask * mask_cost + self.cost_dice * (1 - (overlap + 1) / (total + 1))
+    def _mask_costs(self, mask_cost: Tensor, probability: Tensor, truth: Tensor) -> Tensor:
+        """Probabilities ``[P, Q]`` and truth ``[n, P]``; costs ``[Q, n]``."""
+        overlap = 2 * (truth @ probability).T
+        total = probability.sum(0)[:, None] + truth.sum(1)
+        return self.matcher.cost_mask * mask_cost + self.matcher.cost_dice * (1 - (overlap + 1) / (total + 1))
 
 
 def _assign(cost: Tensor) -> Match:

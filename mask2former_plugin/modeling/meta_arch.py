@@ -24,6 +24,7 @@ from mask2former_plugin.modeling.inference import (
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.matcher import HungarianMatcher
 from mask2former_plugin.modeling.recomputation import recompute_activations
+from mask2former_plugin.modeling.target_masks import Masks, RunLengthMasks
 
 
 @META_ARCH_REGISTRY.register()
@@ -148,7 +149,8 @@ class MaskFormer(nn.Module):
         Args:
             batched_inputs: one dict per image: ``image`` ``[C, h, w]`` in the value range of ``pixel_mean``; in
                 training ``instances`` with ``gt_classes`` ``[n]`` and ``gt_masks`` (``[n, h, w]`` bool or uint8,
-                BitMasks or PolygonMasks); otherwise ``height`` and ``width`` of the output (by default the image's).
+                BitMasks, PolygonMasks or :class:`RunLengthMasks`); otherwise ``height`` and ``width`` of the output (by
+                default the image's).
 
         Returns:
             In training: weighted losses by name. Otherwise one dict per image: ``sem_seg`` ``[K, H, W]`` scores;
@@ -187,7 +189,7 @@ class MaskFormer(nn.Module):
             images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 
-    def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Masks]]:
         """``labels`` ``[n]`` int64 and ``masks`` ``[n, h, w]`` of each image, on the device of the model, checked."""
         return [
             {
@@ -286,7 +288,7 @@ def build_criterion(cfg: Any, num_classes: int) -> SetCriterion:
     )
 
 
-def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[str, Tensor]:
+def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[str, Masks]:
     """Labels and masks of one image as they come from the mapper; errors name the file."""
     name = inputs.get("file_name", f"image {index} of the batch")
     if "instances" not in inputs:
@@ -306,7 +308,7 @@ def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[s
         )
     if not instances.has("gt_masks"):
         raise ValueError(f"{name}: 'instances' without gt_masks; choose a dataset mapper that gives masks")
-    masks = _as_tensor(instances.gt_masks, instances.image_size)
+    masks = _as_masks(instances.gt_masks, instances.image_size)
     if masks.shape[-2:] != (height, width):
         raise ValueError(
             f"{name}: ground-truth masks of {masks.shape[-2]}x{masks.shape[-1]} (height x width) "
@@ -317,7 +319,9 @@ def _read_target(inputs: dict[str, Any], index: int, num_classes: int) -> dict[s
     return {"labels": labels, "masks": masks}
 
 
-def _as_tensor(masks: Tensor | BitMasks | PolygonMasks, image_size: tuple[int, int]) -> Tensor:
+def _as_masks(masks: Any, image_size: tuple[int, int]) -> Masks:
+    if isinstance(masks, RunLengthMasks):
+        return masks
     if isinstance(masks, PolygonMasks):
         return BitMasks.from_polygon_masks(masks, *image_size).tensor
     return masks.tensor if isinstance(masks, BitMasks) else torch.as_tensor(masks)

@@ -1,5 +1,6 @@
 """Losses and gradients against the formulas written out mask by mask."""
 
+import numpy as np
 import pytest
 import torch
 from mask_classification_reference import (
@@ -11,12 +12,15 @@ from mask_classification_reference import (
     point_losses,
     random_targets,
 )
+from pycocotools import mask as coco_masks
 
 from mask2former_plugin.modeling import criterion as criterion_module
+from mask2former_plugin.modeling import point_losses as point_losses_module
 from mask2former_plugin.modeling import point_sampling
 from mask2former_plugin.modeling.criterion import SetCriterion
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.matcher import HungarianMatcher
+from mask2former_plugin.modeling.target_masks import RunLengthMasks
 
 SIZE = (32, 44)
 WEIGHTS = (2.0, 5.0, 3.0)
@@ -101,6 +105,7 @@ def test_points_and_maps_in_pieces_change_nothing(monkeypatch):
     for num_points, module, limit in (
         (0, criterion_module, "_PIXELS_AT_ONCE"),
         (POINTS, point_sampling, "_KEPT_VALUES"),
+        (POINTS, point_losses_module, "_VALUES_AT_ONCE"),
     ):
         leaves = parameters(predictions=2)
         found = []
@@ -140,6 +145,40 @@ def test_uint8_masks():
             torch.manual_seed(8)
             found.append(make_criterion(num_points)(outputs, some, SIZE))
         torch.testing.assert_close(found[0], found[1])
+
+
+def test_run_lengths_give_what_bool_masks_give():
+    targets = random_targets((3, 7), [SIZE, (20, 31)], CLASSES)  # more targets than queries, too
+    held = [
+        {
+            "labels": t["labels"],
+            "masks": RunLengthMasks.from_coco(
+                [coco_masks.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in t["masks"]],
+                t["masks"].shape[1:],
+            ),
+        }
+        for t in targets
+    ]
+    for num_points in (0, POINTS):
+        leaves = parameters(predictions=2)
+        found = []
+        for some in (targets, held):
+            torch.manual_seed(8)
+            losses = make_criterion(num_points)(outputs_of(leaves), some, SIZE)
+            found.append((losses, gradients(losses, leaves)))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_deferred_draws_change_nothing(monkeypatch):
+    """Off the CPU all predictions are matched at once, with the same random points."""
+    targets, leaves = random_targets((3, 0), [SIZE, (20, 31)], CLASSES), parameters(predictions=3)
+    found = []
+    for taking_turns in (True, False):
+        monkeypatch.setattr(criterion_module, "_takes_turns", lambda device, turns=taking_turns: turns)
+        torch.manual_seed(8)
+        losses = make_criterion(POINTS)(outputs_of(leaves), targets, SIZE)
+        found.append((losses, gradients(losses, leaves), torch.rand(3)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_predictions_without_weight_are_skipped():

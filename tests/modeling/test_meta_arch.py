@@ -13,6 +13,7 @@ from torch import nn
 
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.meta_arch import MaskFormer
+from mask2former_plugin.modeling.target_masks import RunLengthMasks
 
 CLASSES, QUERIES = 5, 10
 THINGS = {7: 0, 9: 2}
@@ -178,6 +179,18 @@ def test_every_form_of_mask_gives_the_same_target():
         assert target["masks"].dtype in (torch.bool, torch.uint8)
         assert torch.equal(target["masks"].bool(), bits.tensor)
     assert bits.tensor.any()
+
+
+def test_run_lengths_stay_run_lengths():
+    size = (24, 32)
+    encoded = [{"size": size, "counts": counts} for counts in ([100, 60, 608], [0, 768])]
+    masks = RunLengthMasks.from_coco(encoded, size)
+    model = make_model(None)
+    target = model.prepare_targets([{"image": image(*size), "instances": ground_truth(size, masks, [1, 4])}])[0]
+    assert isinstance(target["masks"], RunLengthMasks)
+    assert target["masks"].decode().sum((1, 2)).tolist() == [60, 768]
+    with pytest.raises(ValueError, match="ground-truth masks of 24x32 .* for an image of 24x30"):
+        model.prepare_targets([{"image": image(24, 30), "instances": ground_truth(size, masks, [1, 4])}])
 
 
 def test_image_without_objects():

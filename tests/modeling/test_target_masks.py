@@ -1,10 +1,23 @@
 """Unpadded binary masks give what padded float copies give."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.structures import Instances
+from pycocotools import mask as coco_masks
 
-from mask2former_plugin.modeling.target_masks import common_size, pad_masks, resize_masks, sample_masks
+from mask2former_plugin.modeling.target_masks import (
+    PackedMasks,
+    RunLengthMasks,
+    common_size,
+    decoded,
+    pad_masks,
+    resize_masks,
+    sample_mask,
+)
 
 
 def padded_copy(masks, size):
@@ -22,12 +35,12 @@ def test_sampling_equals_grid_sample_of_the_padded_masks(dtype, size, padded_siz
     expected = F.grid_sample(padded_copy(masks, padded_size)[None], (2 * points - 1)[None, None], align_corners=False)[
         0, :, 0
     ]
-    torch.testing.assert_close(sample_masks(masks, points, padded_size), expected, atol=1e-5, rtol=0)
-    own = torch.rand(5, 60, 2)
-    expected = F.grid_sample(padded_copy(masks, padded_size)[:, None], (2 * own - 1)[:, None], align_corners=False)[
-        :, 0, 0
-    ]
-    torch.testing.assert_close(sample_masks(masks, own, padded_size), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(PackedMasks(masks).sample(points, padded_size).T, expected, atol=1e-5, rtol=0)
+    own = torch.rand(3, 60, 2)
+    expected = F.grid_sample(
+        padded_copy(masks[:1], padded_size).expand(3, 1, -1, -1), (2 * own - 1)[:, None], align_corners=False
+    )[:, 0, 0]
+    torch.testing.assert_close(sample_mask(masks[0], own, padded_size), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (50, 3), (32, 40)])
@@ -41,8 +54,7 @@ def test_nearest_equals_interpolate_of_the_padded_masks(size):
 
 def test_no_masks():
     none = torch.zeros(0, 5, 6, dtype=torch.bool)
-    assert sample_masks(none, torch.rand(7, 2), (8, 8)).shape == (0, 7)
-    assert sample_masks(none, torch.rand(0, 7, 2), (8, 8)).shape == (0, 7)
+    assert PackedMasks(none).sample(torch.rand(7, 2), (8, 8)).shape == (7, 0)
     assert resize_masks(none, (2, 3), (8, 8)).shape == (0, 2, 3)
 
 
@@ -50,3 +62,87 @@ def test_padding_and_common_size():
     masks = torch.rand(2, 3, 5) < 0.5
     assert torch.equal(pad_masks(masks, (4, 7)).float(), padded_copy(masks, (4, 7)))
     assert common_size([masks, torch.zeros(0, 9, 2)]) == (9, 5)
+
+
+def run_lengths(masks, compressed=True):
+    """COCO encodings by pycocotools, or lists of lengths counted pixel by pixel."""
+    if compressed:
+        return [coco_masks.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    encoded = []
+    for mask in masks:
+        counts, value = [0], 0
+        for pixel in mask.T.flatten().tolist():
+            if pixel != value:
+                value = pixel
+                counts.append(0)
+            counts[-1] += 1
+        encoded.append({"size": list(mask.shape), "counts": counts})
+    return encoded
+
+
+def various_masks(number, height, width):
+    """Noise, rectangles, all and nothing; an empty first run and runs of more than 2**10 pixels among them."""
+    masks = torch.rand(number, height, width) < 0.3
+    masks[0], masks[1] = False, True
+    masks[2, : height // 2, 1:] = True
+    masks[3] = False
+    masks[3, -1, -1] = True
+    return masks
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("size", [(53, 71), (1, 40), (60, 1), (7, 1100)])
+def test_run_lengths_hold_the_masks(size, compressed):
+    masks = various_masks(11, *size)
+    encoded = run_lengths(masks, compressed)
+    held = RunLengthMasks.from_coco(encoded, size)
+    assert held.shape == (11, *size) and len(held) == 11
+    assert torch.equal(held.decode().bool(), masks)
+    on_device = held._decode_on_device(np.diff(held.starts), size[0] * size[1])  # what other devices than CPUs do
+    assert torch.equal(on_device.view(11, size[1], size[0]).transpose(1, 2).bool(), masks)
+    if compressed:
+        as_text = [{**one, "counts": one["counts"].decode()} for one in encoded]
+        assert torch.equal(RunLengthMasks.from_coco(as_text, size).ends, held.ends)
+
+
+def test_run_lengths_are_chosen_like_a_list_or_a_tensor():
+    masks = various_masks(9, 20, 30)
+    held = RunLengthMasks.from_coco(run_lengths(masks), (20, 30))
+    keep = torch.rand(9) < 0.5
+    for chosen in (slice(2, 7), [8, 0, 0], torch.tensor([3, 1]), keep, keep.numpy(), slice(0, 0)):
+        assert torch.equal(held[chosen].decode().bool(), masks[chosen])
+    assert torch.equal(held[4].decode()[0].bool(), masks[4])
+    instances = Instances((20, 30))
+    instances.gt_masks, instances.gt_classes = held, torch.arange(9)
+    assert torch.equal(instances[keep].gt_masks.decode().bool(), masks[keep])
+    assert torch.equal(copy.deepcopy(instances).to("cpu").gt_masks.decode().bool(), masks)
+
+
+def test_no_run_lengths():
+    none = RunLengthMasks.from_coco([], (5, 6))
+    assert none.decode().shape == (0, 5, 6) == none.shape
+    assert PackedMasks(none).sample(torch.rand(7, 2), (8, 8)).shape == (7, 0)
+    assert resize_masks(none, (2, 3), (8, 8)).shape == (0, 2, 3)
+
+
+def test_wrong_run_lengths():
+    good = run_lengths(various_masks(4, 6, 7))
+    with pytest.raises(ValueError, match="mask 3 is encoded for 6x7 pixels .* the image has 7x6"):
+        RunLengthMasks.from_coco([*run_lengths(various_masks(4, 7, 6))[:3], good[3]], (7, 6))
+    for counts in ([40, 1], [44, -2], []):
+        with pytest.raises(ValueError, match="mask 0: its runs are not a division of 6x7 pixels"):
+            RunLengthMasks.from_coco([{"size": [6, 7], "counts": counts}], (6, 7))
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 9, 25])
+def test_run_lengths_are_sampled_and_resized_like_bool_masks(number):
+    masks = various_masks(25, 23, 37)[-number:]
+    held = RunLengthMasks.from_coco(run_lengths(masks), (23, 37))
+    points = torch.rand(300, 2, dtype=torch.float64)
+    assert torch.equal(PackedMasks(held).sample(points, (32, 64)), PackedMasks(masks).sample(points, (32, 64)))
+    assert torch.equal(resize_masks(held, (9, 17), (32, 64)), resize_masks(masks, (9, 17), (32, 64)))
+    own = torch.rand(2, 50, 2, dtype=torch.float64)
+    assert torch.equal(
+        sample_mask(decoded(held, [number - 1])[0], own, (32, 64)),
+        sample_mask(decoded(masks, [number - 1])[0], own, (32, 64)),
+    )
