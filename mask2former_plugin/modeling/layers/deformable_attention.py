@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear, traced
-from mask2former_plugin.modeling.ops import ms_deform_attn
+from mask2former_plugin.modeling.layers.linear import Linear
+from mask2former_plugin.modeling.ops import ms_deform_attn_from_logits
 
 
 def reference_points(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -20,22 +20,6 @@ def reference_points(spatial_shapes: Sequence[tuple[int, int]], *, device: torch
         x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
         levels.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=2).flatten(0, 1))
     return torch.cat(levels)
-
-
-def _level_sizes(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(width, height) of each level, ``[L, 2]``; filled on the device, since a copy from the host would wait for it."""
-    numbers = [
-        torch.full((1,), n, device=device, dtype=dtype) for height, width in spatial_shapes for n in (width, height)
-    ]
-    return torch.cat(numbers).unflatten(0, (-1, 2))
-
-
-def softmax_of_few(logits: Tensor) -> Tensor:
-    """Softmax over a short last dimension; PyTorch's own works row by row on CPUs, which is slow for short rows."""
-    if logits.device.type != "cpu" or traced():
-        return logits.softmax(-1)
-    shares = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-    return shares / shares.sum(-1, keepdim=True)
 
 
 class MSDeformAttn(nn.Module):
@@ -97,11 +81,7 @@ class MSDeformAttn(nn.Module):
         """
         samples = (self.num_heads, self.num_levels, self.num_points)
         values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).to(points.dtype)
-        # rows as long as those of the offsets: broadcasting over pairs and points costs more than the arithmetic
-        sizes = _level_sizes(spatial_shapes, device=query.device, dtype=points.dtype)
-        sizes = sizes[:, None].expand(*samples, 2).flatten()
-        locations = torch.addcdiv(points.repeat(1, offsets.shape[2] // 2), offsets, sizes).unflatten(2, (*samples, 2))
-        weights = softmax_of_few(self.attention_weights(query).to(points.dtype).unflatten(2, (self.num_heads, -1)))
-        attended = ms_deform_attn(values, spatial_shapes, locations, weights.unflatten(3, samples[1:]))
+        offsets = self.sampling_offsets(query).unflatten(2, (*samples, 2))
+        logits = self.attention_weights(query).unflatten(2, samples)
+        attended = ms_deform_attn_from_logits(values, spatial_shapes, points, offsets, logits)
         return self.output_proj(attended)

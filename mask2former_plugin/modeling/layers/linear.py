@@ -8,16 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mask2former_plugin.modeling.ops.sampling import traced
+
 # fewer rows than this gain nothing
 _LEAST_ROWS = 256
 # values of a hidden layer that is computed at once: 8 MB in float32
 _CACHED_VALUES = 2**21
 _HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-def traced() -> bool:
-    """Whether a compiler or tracer is looking: it gets plain operators, whose kernels it chooses itself."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _uses_convolution(x: Tensor, weight: Tensor) -> bool:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mask2former_plugin.modeling.ops.cpu import ms_deform_attn_cpu
 from mask2former_plugin.modeling.ops.reference import ms_deform_attn_reference
+from mask2former_plugin.modeling.ops.sampling import locations_and_weights
 
 Implementation = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
 
-# by device type; the reference serves every other device
+# by device type, beside Triton on CUDA; the reference serves every other device
 IMPLEMENTATIONS: dict[str, Implementation] = {"cpu": ms_deform_attn_cpu}
+TRITON_DEVICE_TYPE = "cuda"
+
+logger = logging.getLogger(__name__)
 
 
 def _exporting() -> bool:
@@ -23,12 +31,60 @@ def _exporting() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
+@functools.cache
+def _load_triton(device: torch.device) -> ModuleType | None:
+    """The Triton implementation if it can serve a CUDA device; if not, the log says once why."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 7:
+            raise ImportError(f"the GPU has compute capability {major}.{minor}, Triton needs 7.0")
+        return importlib.import_module("mask2former_plugin.modeling.ops.triton")
+    except ImportError as error:
+        logger.info(
+            "deformable attention on %s samples with grid_sample, which is slower and takes more memory, since Triton "
+            "cannot be used: %s. CUDA builds of PyTorch for Linux bring it along; elsewhere install triton "
+            "(triton-windows on Windows).",
+            device,
+            error,
+        )
+        return None
+
+
+@torch.compiler.assume_constant_result
+def _triton(device: torch.device) -> ModuleType | None:
+    return _load_triton(device)
+
+
+def _triton_for(device: torch.device) -> ModuleType | None:
+    traced = torch.jit.is_tracing() or _exporting()
+    return _triton(device) if device.type == TRITON_DEVICE_TYPE and not traced else None
+
+
 def implementation_for(device: torch.device) -> Implementation:
     """The fastest implementation for a device, compiled or not; for tracing and export the reference, made of plain
     operators."""
     if torch.jit.is_tracing() or _exporting():
         return ms_deform_attn_reference
+    module = _triton_for(device)
+    if module is not None:
+        return module.ms_deform_attn_triton
     return IMPLEMENTATIONS.get(device.type, ms_deform_attn_reference)
+
+
+def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], **samples: Tensor) -> None:
+    """The shapes fit together; ``samples`` are the places and the weights by the names that the caller knows them by."""
+    batch, length, heads, _ = value.shape
+    if sum(h * w for h, w in spatial_shapes) != length:
+        raise ValueError(
+            f"value has {length} tokens, but spatial_shapes {list(spatial_shapes)} describe another number"
+        )
+    (places_name, places), (weights_name, weights) = samples.items()
+    expected = (batch, places.shape[1], heads, len(spatial_shapes), places.shape[4])
+    if tuple(places.shape) != (*expected, 2) or tuple(weights.shape) != expected:
+        raise ValueError(
+            f"{places_name} must be [B, T, M, L, P, 2] and {weights_name} [B, T, M, L, P] "
+            f"with B={batch}, M={heads}, L={len(spatial_shapes)}, got {tuple(places.shape)} and {tuple(weights.shape)}"
+        )
 
 
 def ms_deform_attn(
@@ -49,19 +105,44 @@ def ms_deform_attn(
     Raises:
         ValueError: the shapes don't fit together.
     """
-    batch, length, heads, _ = value.shape
-    if sum(h * w for h, w in spatial_shapes) != length:
-        raise ValueError(
-            f"value has {length} tokens, but spatial_shapes {list(spatial_shapes)} describe another number"
-        )
-    expected = (batch, sampling_locations.shape[1], heads, len(spatial_shapes), sampling_locations.shape[4])
-    if tuple(sampling_locations.shape) != (*expected, 2) or tuple(attention_weights.shape) != expected:
-        raise ValueError(
-            "sampling_locations must be [B, T, M, L, P, 2] and attention_weights [B, T, M, L, P] "
-            f"with B={batch}, M={heads}, L={len(spatial_shapes)}, "
-            f"got {tuple(sampling_locations.shape)} and {tuple(attention_weights.shape)}"
-        )
+    _check(value, spatial_shapes, sampling_locations=sampling_locations, attention_weights=attention_weights)
     return implementation_for(value.device)(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-__all__ = ["implementation_for", "ms_deform_attn", "ms_deform_attn_cpu", "ms_deform_attn_reference"]
+def ms_deform_attn_from_logits(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """:func:`ms_deform_attn` from what a layer predicts; with Triton neither locations nor weights are written out.
+
+    Args:
+        value: ``[B, S, M, D]``, as there.
+        spatial_shapes: (height, width) of each level, as there.
+        points: ``[T, 2]``, place of each query, (x, y) in [0, 1], at least float32. Constants: no gradient.
+        offsets: ``[B, T, M, L, P, 2]``, (x, y) of the samples from there, in pixels of each level.
+        logits: ``[B, T, M, L, P]``; the weights are their softmax over all samples of a query and head.
+
+    Returns:
+        ``[B, T, M * D]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: the shapes don't fit together, or the points require a gradient.
+    """
+    _check(value, spatial_shapes, offsets=offsets, logits=logits)
+    if tuple(points.shape) != (offsets.shape[1], 2):
+        raise ValueError(f"points must be [T, 2] with T={offsets.shape[1]}, got {tuple(points.shape)}")
+    if points.requires_grad:
+        raise ValueError("points must be constants: no gradient for them is computed")
+    module = _triton_for(value.device)
+    if module is None:
+        locations, weights = locations_and_weights(spatial_shapes, points, offsets, logits)
+        return ms_deform_attn(value, spatial_shapes, locations, weights)
+    return module.ms_deform_attn_from_logits_triton(value, spatial_shapes, points, offsets, logits)
+
+
+__all__ = [
+    "implementation_for",
+    "ms_deform_attn",
+    "ms_deform_attn_cpu",
+    "ms_deform_attn_from_logits",
+    "ms_deform_attn_reference",
+]
