@@ -31,6 +31,8 @@ from mask2former_plugin.data.datasets.custom import check_num_classes, register_
 from mask2former_plugin.data.mappers import MAPPERS, build_mapper
 from mask2former_plugin.data.names import unknown_name
 from mask2former_plugin.evaluation import build_evaluator, light_outputs
+from mask2former_plugin.modeling.optimization import PRECISIONS as INFERENCE_PRECISIONS
+from mask2former_plugin.modeling.optimization import optimize_for_inference
 from mask2former_plugin.modeling.transformer_decoders import TRANSFORMER_DECODER_REGISTRY
 from mask2former_plugin.solver import build_optimizer
 from mask2former_plugin.test_time_augmentation import build_model_with_TTA
@@ -141,6 +143,7 @@ class Trainer(DefaultTrainer):
         Args:
             evaluators: one, or one per dataset; None: those of :meth:`build_evaluator`.
         """
+        model = model_for_inference(cfg, model)
         if not cfg.TEST.LIGHT_OUTPUTS:
             return super().test(cfg, model, evaluators)
         if evaluators is None:
@@ -154,7 +157,7 @@ class Trainer(DefaultTrainer):
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluation with test-time augmentation on ``DATASETS.TEST``; the keys of the results end in ``_TTA``."""
         logger.info("Running inference with test-time augmentation")
-        model = build_model_with_TTA(cfg, model)
+        model = build_model_with_TTA(cfg, model_for_inference(cfg, model))
         evaluators = [
             cls.build_evaluator(cfg, name, output_folder=os.path.join(cfg.OUTPUT_DIR, "inference_TTA")) for name in cfg.DATASETS.TEST
         ]
@@ -188,6 +191,15 @@ def load_for_evaluation(model: nn.Module, cfg: CfgNode, *, resume: bool = False)
         checkpointer.require_weights(classifier=True)
 
 
+def model_for_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """A copy of the model, without ``DistributedDataParallel``, as ``MODEL.INFERENCE`` asks for, or the model itself."""
+    options = cfg.MODEL.INFERENCE
+    if not options.OPTIMIZE:
+        return model
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return optimize_for_inference(inner, precision=options.PRECISION, compiled=options.COMPILE)
+
+
 class Predictor(DefaultPredictor):
     """``DefaultPredictor`` that reads every checkpoint that :class:`Checkpointer` reads, and refuses random weights."""
 
@@ -198,6 +210,7 @@ class Predictor(DefaultPredictor):
         super().__init__(without_weights)
         self.cfg = cfg.clone()
         load_for_evaluation(self.model, cfg)
+        self.model = model_for_inference(cfg, self.model)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -232,9 +245,17 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     _check_names(cfg, training)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
+    _check_inference(cfg.MODEL.INFERENCE)
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.exists(weights.removesuffix("?matching_heuristics=True")):
         raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")
+
+
+def _check_inference(options: CfgNode) -> None:
+    if options.PRECISION not in INFERENCE_PRECISIONS:
+        raise ValueError(f"MODEL.INFERENCE.PRECISION must be one of {', '.join(INFERENCE_PRECISIONS)}, got {options.PRECISION!r}")
+    if not options.OPTIMIZE and (options.PRECISION != "float32" or options.COMPILE):
+        raise ValueError("MODEL.INFERENCE.PRECISION and COMPILE work on the optimised copy of the model; set MODEL.INFERENCE.OPTIMIZE True")
 
 
 def _check_device(name: str) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser, hooks
+from detectron2.engine import DefaultTrainer, default_argument_parser, hooks
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.data.synthetic import SyntheticOptions, generate
-from mask2former_plugin.engine import MixedPrecisionTrainer, Trainer, check_config, setup
+from mask2former_plugin.engine import MixedPrecisionTrainer, Predictor, Trainer, check_config, setup
+from mask2former_plugin.modeling.optimization import InferenceOnly
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -86,6 +87,29 @@ def test_evaluation_alone_equals_the_evaluation_after_training(run):
     assert json.dumps(alone, default=float) == json.dumps(trained, default=float)
 
 
+def test_predictor_and_evaluation_use_an_optimised_copy(run, monkeypatch):
+    run("mask2former", "SOLVER.MAX_ITER", "1")
+    weights = str(run.output / "mask2former" / "model_final.pth")
+    config_file = ROOT / "configs" / "quickstart" / "mask2former.yaml"
+    image = torch.randint(0, 256, (48, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+
+    def scores(*opts):
+        predictor = Predictor(load_config(config_file, [*SMALL, "MODEL.WEIGHTS", weights, *opts]))
+        assert isinstance(predictor.model, InferenceOnly) == ("MODEL.INFERENCE.OPTIMIZE" not in opts)
+        return predictor(image)["sem_seg"]
+
+    plain = scores("MODEL.INFERENCE.OPTIMIZE", "False")
+    torch.testing.assert_close(scores(), plain, rtol=0, atol=1e-4)  # float32, one decoder layer
+    half = scores("MODEL.INFERENCE.PRECISION", "bfloat16")
+    assert half.dtype == torch.float32 and 0 < (half - plain).norm() / plain.norm() < 0.05
+
+    evaluated = []
+    test = DefaultTrainer.test.__func__
+    monkeypatch.setattr(DefaultTrainer, "test", classmethod(lambda cls, cfg, model, *args: evaluated.append(model) or test(cls, cfg, model, *args)))
+    run("mask2former", "MODEL.WEIGHTS", weights, "MODEL.INFERENCE.PRECISION", "bfloat16", flags=["--eval-only"])
+    assert isinstance(evaluated[0], InferenceOnly) and evaluated[0].backbone.autocast_to == ("cpu", torch.bfloat16)
+
+
 def test_best_checkpoint_is_kept(run):
     run("mask2former", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1", "TEST.BEST_CHECKPOINT.METRIC", "sem_seg/mIoU")
     assert (run.output / "mask2former" / "model_best.pth").is_file()
@@ -138,6 +162,9 @@ def test_hook_order_keeps_the_best_after_the_evaluation(run, datasets, tmp_path)
         (["DATASETS.TEST", "('nothing_like_it',)"], "Unknown dataset in DATASETS.TEST 'nothing_like_it'"),
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"], "NUM_CLASSES.*7.*8|8.*NUM_CLASSES.*7"),
         (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float8"], "SOLVER.AMP.PRECISION must be one of"),
+        (["MODEL.INFERENCE.PRECISION", "half"], "MODEL.INFERENCE.PRECISION must be one of float32, bfloat16, float16, got 'half'"),
+        (["MODEL.INFERENCE.PRECISION", "bfloat16", "MODEL.INFERENCE.OPTIMIZE", "False"], "set MODEL.INFERENCE.OPTIMIZE True"),
+        (["MODEL.INFERENCE.COMPILE", "True", "MODEL.INFERENCE.OPTIMIZE", "False"], "set MODEL.INFERENCE.OPTIMIZE True"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is no device"),
         (["MODEL.META_ARCHITECTURE", "MaskFormr"], "Unknown MODEL.META_ARCHITECTURE 'MaskFormr'. Did you mean 'MaskFormer'"),
