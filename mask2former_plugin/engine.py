@@ -31,6 +31,7 @@ from mask2former_plugin.data.datasets.custom import check_num_classes, register_
 from mask2former_plugin.data.mappers import MAPPERS, build_mapper
 from mask2former_plugin.data.names import unknown_name
 from mask2former_plugin.evaluation import build_evaluator, light_outputs
+from mask2former_plugin.memory import keep_freed_memory
 from mask2former_plugin.modeling.optimization import PRECISIONS as INFERENCE_PRECISIONS
 from mask2former_plugin.modeling.optimization import optimize_for_inference
 from mask2former_plugin.modeling.transformer_decoders import TRANSFORMER_DECODER_REGISTRY
@@ -204,6 +205,7 @@ class Predictor(DefaultPredictor):
     """``DefaultPredictor`` that reads every checkpoint that :class:`Checkpointer` reads, and refuses random weights."""
 
     def __init__(self, cfg: CfgNode):
+        _set_up_memory(cfg)
         without_weights = cfg.clone()
         without_weights.defrost()
         without_weights.MODEL.WEIGHTS = ""
@@ -232,9 +234,15 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 def setup(args: argparse.Namespace) -> CfgNode:
     """:func:`read_config`, and loggers and output folder are ready."""
     cfg = read_config(args)
+    _set_up_memory(cfg)
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former_plugin", abbrev_name="m2f")
     return cfg
+
+
+def _set_up_memory(cfg: CfgNode) -> None:
+    if cfg.MODEL.KEEP_FREED_MEMORY and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
 
 
 def check_config(cfg: CfgNode, *, training: bool) -> None:
