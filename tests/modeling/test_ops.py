@@ -12,6 +12,8 @@ from mask2former_plugin.modeling.ops import (
     implementation_for,
     ms_deform_attn,
     ms_deform_attn_cpu,
+    ms_deform_attn_from_logits,
+    ms_deform_attn_from_logits_cpu,
     ms_deform_attn_reference,
 )
 
@@ -58,7 +60,7 @@ def chunks(request, monkeypatch):
     whole = cpu._Work
 
     class Work(whole):
-        def __init__(self, value, locations, weights, sizes):
+        def __init__(self, value, points, places, weights, sizes):
             head = weights[0, :, 0].numel()
             limit = {
                 "queries one by one": 1,
@@ -68,7 +70,7 @@ def chunks(request, monkeypatch):
             }
             monkeypatch.setattr(cpu, "SAMPLES", limit[request.param])
             monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-            super().__init__(value, locations, weights, sizes)
+            super().__init__(value, points, places, weights, sizes)
             assert (self.group > 1) == (request.param in ("two heads at a time", "all heads at once"))
             assert (self.chunk < self.length) == (request.param in ("queries one by one", "a head in several chunks"))
 
@@ -106,6 +108,57 @@ def test_cpu_equals_the_reference(shapes, chunks):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     for f, w in zip(found, wanted):
         torch.testing.assert_close(f, w, rtol=0, atol=1e-11)
+
+
+def test_from_logits(chunks):
+    """Offsets in pixels and logits, against the definition: locations and softmax written out, sampled with loops."""
+    value, offsets, logits = arguments(queries=5)
+    offsets = (offsets * 5).requires_grad_()
+    value.requires_grad_()
+    logits = (logits * 3).requires_grad_()
+    points = torch.rand(5, 2, dtype=torch.float64)
+    sizes = torch.tensor([(width, height) for height, width in SHAPES], dtype=torch.float64)
+    locations = points[:, None, None, None] + offsets / sizes[:, None]
+    weights = logits.flatten(3).softmax(3).view_as(logits)
+    expected = ms_deform_attn_reference(value, SHAPES, locations, weights)
+    by_hand = loops(value.detach(), SHAPES, locations.detach(), weights.detach())
+    torch.testing.assert_close(expected, by_hand, rtol=0, atol=1e-12)
+    output = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        ms_deform_attn_from_logits(value, SHAPES, points, offsets, logits), output, rtol=0, atol=0
+    )
+    leaves, noise = (value, offsets, logits), torch.randn(output.shape, dtype=torch.float64)
+    for f, w in zip(torch.autograd.grad(output, leaves, noise), torch.autograd.grad(expected, leaves, noise)):
+        torch.testing.assert_close(f, w, rtol=0, atol=1e-12)
+
+
+def test_gradcheck_from_logits():
+    value, offsets, logits = (x.requires_grad_() for x in arguments(batch=1, queries=2))
+    points = torch.rand(2, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda v, o, w: ms_deform_attn_from_logits_cpu(v, SHAPES, points, o, w), (value, offsets, logits), eps=1e-7
+    )
+
+
+def test_logits_of_any_size_and_in_half_precision():
+    """Softmax must not overflow; what autocast predicts in half precision is summed up in the type of the points."""
+    value, offsets, logits = arguments(torch.float32)
+    points = torch.rand(3, 2)
+    logits = logits * 300
+    output = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits)
+    doubles = [x.double() for x in (value, points, offsets, logits)]
+    exact = ms_deform_attn_from_logits_cpu(doubles[0], SHAPES, *doubles[1:])
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=1e-5)
+    half = [x.bfloat16().requires_grad_() for x in (value, offsets, logits)]
+    full = [x.detach().float().requires_grad_() for x in half]
+    output = ms_deform_attn_from_logits_cpu(half[0], SHAPES, points, *half[1:])
+    expected = ms_deform_attn_from_logits_cpu(full[0], SHAPES, points, *full[1:])
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=2**-7, atol=1e-6)
+    noise = torch.randn(2, 3, 6).bfloat16()
+    for f, w in zip(torch.autograd.grad(output, half, noise), torch.autograd.grad(expected, full, noise.float())):
+        torch.testing.assert_close(f, w.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
 def test_gradients_on_pixel_centres():
@@ -220,13 +273,14 @@ def test_choice_of_the_implementation():
 
 def test_the_operator_is_complete():
     """Schema, shapes without data, derivative, and that compilers may take it as it is."""
-    inputs = tuple(x.requires_grad_() for x in arguments())
+    value, places, weights = arguments()
     sizes = [extent for shape in SHAPES for extent in shape]
-    torch.library.opcheck(cpu._attention, (*inputs, sizes))
-    frozen = (inputs[0].detach(), inputs[1], inputs[2].detach())
-    torch.library.opcheck(cpu._attention, (*frozen, sizes))
-    output = cpu._attention(*inputs, sizes).detach()
-    torch.library.opcheck(cpu._attention_backward, (output, *(x.detach() for x in inputs), sizes, True, False))
+    for points in (None, torch.rand(3, 2, dtype=torch.float64)):
+        inputs = [x.requires_grad_() for x in (value, places, weights)]
+        torch.library.opcheck(cpu._attention, (inputs[0], points, *inputs[1:], sizes))
+        inputs = [x.detach() for x in inputs]
+        output = cpu._attention(inputs[0], points, *inputs[1:], sizes)
+        torch.library.opcheck(cpu._attention_backward, (output, inputs[0], points, *inputs[1:], sizes, True, False))
 
 
 def test_compiled_layer_with_gradients():

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mask2former_plugin.modeling.ops.cpu import ms_deform_attn_cpu
+from mask2former_plugin.modeling.ops.cpu import ms_deform_attn_cpu, ms_deform_attn_from_logits_cpu
 from mask2former_plugin.modeling.ops.reference import ms_deform_attn_reference
 from mask2former_plugin.modeling.ops.sampling import locations_and_weights
 
@@ -112,7 +112,7 @@ def ms_deform_attn(
 def ms_deform_attn_from_logits(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """:func:`ms_deform_attn` from what a layer predicts; with Triton neither locations nor weights are written out.
+    """:func:`ms_deform_attn` from what a layer predicts, without locations and weights in memory (grid_sample apart).
 
     Args:
         value: ``[B, S, M, D]``, as there.
@@ -133,10 +133,12 @@ def ms_deform_attn_from_logits(
     if points.requires_grad:
         raise ValueError("points must be constants: no gradient for them is computed")
     module = _triton_for(value.device)
-    if module is None:
-        locations, weights = locations_and_weights(spatial_shapes, points, offsets, logits)
-        return ms_deform_attn(value, spatial_shapes, locations, weights)
-    return module.ms_deform_attn_from_logits_triton(value, spatial_shapes, points, offsets, logits)
+    if module is not None:
+        return module.ms_deform_attn_from_logits_triton(value, spatial_shapes, points, offsets, logits)
+    if implementation_for(value.device) is ms_deform_attn_cpu:
+        return ms_deform_attn_from_logits_cpu(value, spatial_shapes, points, offsets, logits)
+    locations, weights = locations_and_weights(spatial_shapes, points, offsets, logits)
+    return ms_deform_attn(value, spatial_shapes, locations, weights)
 
 
 __all__ = [
@@ -144,5 +146,6 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_cpu",
     "ms_deform_attn_from_logits",
+    "ms_deform_attn_from_logits_cpu",
     "ms_deform_attn_reference",
 ]

@@ -69,75 +69,117 @@ class _Maps:
             yield inner, level.unflatten(1, (height, width))
 
 
+def _reordered(x: Tensor, order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous copy with permuted dimensions."""
+    x = x.permute(order)
+    return torch.empty(x.shape, dtype=dtype).copy_(x)
+
+
 class _Sampler:
     """Cells and weights of the samples of some tokens and heads."""
 
-    def __init__(self, maps: _Maps, heads: int, tokens: int, points: int, dtype: torch.dtype) -> None:
+    def __init__(self, maps: _Maps, points: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """
+        Args:
+            points: of all tokens, see :func:`_attention`.
+            shape: the largest number of heads and of tokens that are sampled together, and L·P.
+        """
         # constants are as large as what they are applied to: broadcasting over a few points costs more than arithmetic
-        shape = (heads, tokens, len(maps.shapes), points)
+        levels = len(maps.shapes)
+        shape = (*shape[:2], levels, shape[2] // levels)
         sizes = torch.tensor([[width for _, width in maps.shapes], [height for height, _ in maps.shapes]], dtype=dtype)
-        self.extent = sizes[:, None, None, :, None].expand(2, *shape).flatten(3)
+        sizes = sizes[:, None, None, :, None]
+        self.extent = sizes.expand(2, *shape).flatten(3)
         self.most = self.extent + (BORDER + 0.5)
         self.least = torch.full_like(self.most, 0.5)
         self.shift = torch.tensor(BORDER - 0.5, dtype=dtype)
+        self.origin = None
+        if points is not None:
+            origin = torch.addcmul(self.shift, points.t()[:, None, :, None, None], sizes)
+            self.origin = origin.expand(-1, -1, -1, -1, shape[3]).flatten(3)
         first = torch.tensor(maps.starts, dtype=torch.int32)[:, None] * maps.stride
-        first = first + torch.arange(heads, dtype=torch.int32)[:, None, None, None] * maps.cells
+        first = first + torch.arange(shape[0], dtype=torch.int32)[:, None, None, None] * maps.cells
         self.first = first.expand(shape).flatten(2)
         self.stride = maps.stride
 
-    def __call__(self, locations: Tensor, attention: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def __call__(
+        self, places: Tensor, attention: Tensor, tokens: slice, rows: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            locations: ``[T, G, L·P, 2]``, tokens and heads.
+            places: ``[T, G, L·P, 2]``, of some tokens and heads.
             attention: ``[G, T, L·P]``.
+            tokens: which tokens.
+            rows: where the upper left cells are written to, int32, ``[G, T, L·P]``.
+            weights: where the weights of the four corners are written to, ``[4, G, T, L·P]``.
 
         Returns:
-            the upper left cells, int32; the weights of the four corners; the shares of the right column and of the
-            lower line, ``[2, G, T, L·P]``.
+            the shares of the right column and of the lower line, ``[G, T, L·P]``.
         """
-        chunk = (slice(None), slice(locations.shape[1]), slice(locations.shape[0]))
-        position = locations.permute(3, 1, 0, 2).clone(memory_format=torch.contiguous_format)
-        torch.addcmul(self.shift, position, self.extent[chunk], out=position)
+        chunk = (slice(None), slice(places.shape[1]), slice(places.shape[0]))
+        position = _reordered(places, (3, 1, 0, 2), attention.dtype)
+        if self.origin is None:
+            torch.addcmul(self.shift, position, self.extent[chunk], out=position)
+        else:
+            position += self.origin[:, :, tokens]
         # not a number goes to the border, too, instead of becoming an index
         torch.clamp(position.nan_to_num_(0.0), self.least[chunk], self.most[chunk], out=position)
         column, line = position.int()
-        upper_left = torch.add(column, line, alpha=self.stride).add_(self.first[chunk[1:]])
-        right, lower = shares = position.frac_()
-        below = lower * attention
-        above = attention - below
-        lower_right, upper_right = below * right, above * right
-        return upper_left, [above.sub_(upper_right), upper_right, below.sub_(lower_right), lower_right], shares
+        torch.add(column, line, alpha=self.stride, out=rows).add_(self.first[chunk[1:]])
+        right, lower = position.frac_()
+        upper_left, upper_right, lower_left, lower_right = weights
+        torch.mul(lower, attention, out=lower_left)
+        torch.sub(attention, lower_left, out=upper_left)
+        torch.mul(lower_left, right, out=lower_right)
+        torch.mul(upper_left, right, out=upper_right)
+        lower_left -= lower_right
+        upper_left -= upper_right
+        return right, lower
 
 
 class _Work:
     """The inputs, and the order in which forward and backward go through them: a few heads, and chunks of tokens."""
 
-    def __init__(self, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> None:
-        self.value, self.locations, self.weights = value, locations.flatten(3, 4), weights.flatten(3)
-        self.batch, self.length, self.heads, levels, points = weights.shape
-        self.samples = levels * points
+    def __init__(
+        self, value: Tensor, points: Tensor | None, places: Tensor, weights: Tensor, sizes: Sequence[int]
+    ) -> None:
+        self.value, self.places, self.weights = value, places.flatten(3, 4), weights.flatten(3)
+        self.softmax = points is not None
+        self.dtype = places.dtype if points is None else points.dtype
+        self.batch, self.length, self.heads, self.samples = self.weights.shape
         limit = SAMPLES * torch.get_num_threads()
         # several heads only if they are treated with all tokens at once
         self.group = min(self.heads, max(1, limit // max(1, self.length * self.samples)))
         self.chunk = self.length if self.group > 1 else max(1, min(self.length, limit // self.samples))
         self.maps = _Maps(sizes)
-        self.table = self.maps.table(value, self.group, locations.dtype)
-        self.sampler = _Sampler(self.maps, self.group, self.chunk, points, locations.dtype)
+        self.table = self.maps.table(value, self.group, self.dtype)
+        self.sample = _Sampler(self.maps, points, (self.group, self.chunk, self.samples), self.dtype)
         self.ends = torch.arange(0, self.group * self.length + 1, dtype=torch.int32) * self.samples
 
-    def groups(self) -> Iterator[tuple[int, slice]]:
-        """Image and heads; their maps are in the table."""
+    def groups(self) -> Iterator[tuple[int, slice, int]]:
+        """Image, heads, and the number of the cells of their maps, which are in the table."""
         for image in range(self.batch):
             for start in range(0, self.heads, self.group):
                 heads = slice(start, min(start + self.group, self.heads))
                 for inner, level in self.maps.pairs(self.table, self.value[image, :, heads]):
                     inner.copy_(level)
-                yield image, heads
+                yield image, heads, (heads.stop - heads.start) * self.maps.cells
 
-    def chunks(self) -> Iterator[slice]:
-        """Tokens."""
+    def chunks(self, image: int, heads: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tokens, their places ``[T, G, L·P, 2]`` and attention weights ``[G, T, L·P]``."""
         for start in range(0, self.length, max(1, self.chunk)):
-            yield slice(start, min(start + self.chunk, self.length))
+            tokens = slice(start, min(start + self.chunk, self.length))
+            attention = _reordered(self.weights[image, tokens, heads], (1, 0, 2), self.dtype)
+            if self.softmax:
+                # in steps: PyTorch's own goes row by row, which is slow for short rows
+                attention.sub_(attention.amax(-1, keepdim=True)).exp_()
+                attention /= attention.sum(-1, keepdim=True)
+            yield tokens, self.places[image, tokens, heads], attention
+
+    def buffers(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Memory for the upper left cells and the weights of the corners of some tokens and all heads of a group."""
+        samples = self.group * tokens * self.samples
+        return torch.empty(samples, dtype=torch.int32), torch.empty((4, samples), dtype=self.dtype)
 
 
 def _entry_gradients(
@@ -157,24 +199,26 @@ def _entry_gradients(
 
 
 def _table_gradient(
-    rows: Tensor, weights: Tensor, ends: Tensor, grads: Tensor, like: Tensor, corners: Sequence[int], cells: int
+    rows: Tensor, weights: Tensor, corners: Sequence[int], ends: Tensor, grads: Tensor, like: Tensor, cells: int
 ) -> Tensor:
     """The sum of the gradients of the tokens that sample a cell, times their weights.
 
     Args:
-        rows: ``[bags, L·P]``, upper left cells.
-        weights: ``[4, bags, L·P]``.
-        ends: ``[bags + 1]``, where the entries of a bag start.
+        rows: ``[bags * L·P]``, upper left cells.
+        weights: of the four corners, ``[4, bags * L·P]``.
+        corners: see :class:`_Maps`.
+        ends: ``[bags + 1]``, where the entries of a bag start, and the number of entries.
         grads: ``[bags, D]``.
         like: a table.
+        cells: number of its cells.
     """
     # a sparse matrix that holds the number of each entry; to compress its columns instead of its rows takes linear time
-    numbers = torch.arange(rows.numel(), dtype=torch.int32)
-    matrix = csr_array((numbers.numpy(), rows.view(-1).numpy(), ends.numpy()), shape=(len(grads), cells)).tocsc()
+    numbers = torch.arange(len(rows), dtype=torch.int32)
+    matrix = csr_array((numbers.numpy(), rows.numpy(), ends.numpy()), shape=(len(grads), cells)).tocsc()
     order, bags, starts = (torch.from_numpy(x) for x in (matrix.data, matrix.indices, matrix.indptr))
     table = torch.zeros_like(like)
     for corner, weight in zip(corners, weights):
-        shares = weight.view(-1).index_select(0, order)
+        shares = weight.index_select(0, order)
         sums = F.embedding_bag(bags, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
         table[corner : corner + cells] += sums
     return table
@@ -184,26 +228,34 @@ def _table_gradient(
     "mask2former::ms_deform_attn_cpu",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor value, Tensor locations, Tensor weights, SymInt[] sizes) -> Tensor",
+    schema="(Tensor value, Tensor? points, Tensor places, Tensor weights, SymInt[] sizes) -> Tensor",
 )
-def _attention(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``sizes``: height and width of each level; locations and weights have one type, in which the sums are made."""
-    work = _Work(value, locations, weights, sizes)
+def _attention(
+    value: Tensor, points: Tensor | None, places: Tensor, weights: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """
+    Args:
+        value: ``[B, S, M, D]``.
+        points: None or the places of the tokens, ``[T, 2]`` in [0, 1]; sums are made in their type.
+        places: ``[B, T, M, L, P, 2]``, without points in [0, 1] (sums are made in their type), with them in pixels from
+            there.
+        weights: ``[B, T, M, L, P]``, without points in the type of the places, with them logits.
+        sizes: height and width of each level.
+    """
+    work = _Work(value, points, places, weights, sizes)
     output = value.new_empty(work.batch, work.length, work.heads, value.shape[3])
-    for image, heads in work.groups():
-        cells = (heads.stop - heads.start) * work.maps.cells
-        for tokens in work.chunks():
-            attention = work.weights[image, tokens, heads].transpose(0, 1).contiguous()
-            rows, weights, _ = work.sampler(work.locations[image, tokens, heads], attention)
-            starts = work.ends[: rows[..., 0].numel()]
+    all_rows, all_entries = work.buffers(work.chunk)
+    for image, heads, cells in work.groups():
+        for tokens, places, attention in work.chunks(image, heads):
+            rows, entries = all_rows[: attention.numel()], all_entries[:, : attention.numel()]
+            work.sample(places, attention, tokens, rows.view_as(attention), entries.view(4, *attention.shape))
+            starts = work.ends[: attention[..., 0].numel()]
             sums = [
-                F.embedding_bag(
-                    rows.view(-1), work.table[k : k + cells], starts, mode="sum", per_sample_weights=weight.view(-1)
-                )
-                for k, weight in zip(work.maps.corners, weights)
+                F.embedding_bag(rows, work.table[k : k + cells], starts, mode="sum", per_sample_weights=entry)
+                for k, entry in zip(work.maps.corners, entries)
             ]
             total = sums[0].add_(sums[1]).add_(sums[2]).add_(sums[3])
-            output[image, tokens, heads] = total.unflatten(0, rows.shape[:2]).transpose(0, 1)
+            output[image, tokens, heads] = total.unflatten(0, attention.shape[:2]).transpose(0, 1)
     return output.flatten(2)
 
 
@@ -211,70 +263,75 @@ def _attention(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequenc
     "mask2former::ms_deform_attn_cpu_backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor grad, Tensor value, Tensor locations, Tensor weights, SymInt[] sizes, bool of_value, "
+    schema="(Tensor grad, Tensor value, Tensor? points, Tensor places, Tensor weights, SymInt[] sizes, bool of_value, "
     "bool of_samples) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     grad: Tensor,
     value: Tensor,
-    locations: Tensor,
+    points: Tensor | None,
+    places: Tensor,
     weights: Tensor,
     sizes: Sequence[int],
     of_value: bool,
     of_samples: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights; empty tensors for those that aren't asked for."""
-    grad_value, grad_locations, grad_weights = _empty_gradients(value, locations, weights, of_value, of_samples)
-    work = _Work(value, locations, weights, sizes)
+    """Gradients of value, places and weights; empty tensors for those that aren't asked for."""
+    grad_value, grad_places, grad_weights = _empty_gradients(value, places, weights, of_value, of_samples)
+    work = _Work(value, points, places, weights, sizes)
     corners = work.maps.corners
     grad = grad.unflatten(2, value.shape[2:])
-    all_rows = torch.empty((work.group * work.length, work.samples), dtype=torch.int32)
-    all_weights = locations.new_empty(4, *all_rows.shape)
-    for image, heads in work.groups():
-        cells = (heads.stop - heads.start) * work.maps.cells
-        grads = grad[image, :, heads].transpose(0, 1).to(locations.dtype).flatten(0, 1).contiguous()
-        for tokens in work.chunks():
-            attention = work.weights[image, tokens, heads].transpose(0, 1).contiguous()
-            rows, entries, shares = work.sampler(work.locations[image, tokens, heads], attention)
-            bags = slice(tokens.start, tokens.start + rows[..., 0].numel())
-            if of_value:
-                all_rows[bags] = rows.flatten(0, 1)
-                for whole, part in zip(all_weights, entries):
-                    whole[bags] = part.flatten(0, 1)
+    all_rows, all_entries = work.buffers(work.length)
+    for image, heads, cells in work.groups():
+        grads = _reordered(grad[image, :, heads], (1, 0, 2), work.dtype).flatten(0, 1)
+        for tokens, places, attention in work.chunks(image, heads):
+            bags = slice(tokens.start, tokens.start + attention[..., 0].numel())
+            entries = slice(bags.start * work.samples, bags.stop * work.samples)
+            rows = all_rows[entries].view_as(attention)
+            right, lower = work.sample(
+                places, attention, tokens, rows, all_entries[:, entries].view(4, *attention.shape)
+            )
             if of_samples:
                 ends = work.ends[: bags.stop - bags.start + 1]
-                upper_left, upper, lower_left, lower = _entry_gradients(
+                at_upper, across_upper, at_lower, across_lower = _entry_gradients(
                     rows, corners, ends, grads[bags], work.table, cells
                 )
-                across, down = shares
-                # slopes along the upper and the lower line, then the values there, then the slope between the lines
-                upper -= upper_left
-                lower -= lower_left
-                at_upper = upper_left.addcmul_(across, upper)
-                downhill = lower_left.addcmul_(across, lower).sub_(at_upper)
-                grad_weights.flatten(3)[image, tokens, heads] = at_upper.addcmul_(down, downhill).transpose(0, 1)
-                slopes = torch.stack((upper.lerp_(lower, down), downhill)).mul_(attention)
-                slopes *= work.sampler.extent[:, : rows.shape[0], : rows.shape[1]]
-                grad_locations.flatten(3, 4)[image, tokens, heads] = slopes.permute(2, 1, 3, 0)
+                # from the four corners to slopes along the upper and the lower line, to the values of both lines above
+                # and below the sample, to the slope from one to the other
+                across_upper -= at_upper
+                across_lower -= at_lower
+                at_upper.addcmul_(right, across_upper)
+                down = at_lower.addcmul_(right, across_lower).sub_(at_upper)
+                of_weights = at_upper.addcmul_(lower, down)
+                slopes = torch.stack((across_upper.lerp_(across_lower, lower), down)).mul_(attention)
+                if work.softmax:
+                    of_weights *= attention
+                    of_weights -= attention * of_weights.sum(-1, keepdim=True)
+                else:
+                    slopes *= work.sample.extent[:, : rows.shape[0], : rows.shape[1]]
+                grad_weights.flatten(3)[image, tokens, heads] = of_weights.transpose(0, 1)
+                grad_places.flatten(3, 4)[image, tokens, heads] = slopes.permute(2, 1, 3, 0)
         if of_value:
+            entries = slice(len(grads) * work.samples)
             ends = work.ends[: len(grads) + 1]
-            rows, entries = all_rows[: len(grads)], all_weights[:, : len(grads)]
-            table = _table_gradient(rows, entries, ends, grads, work.table, corners, cells)
+            table = _table_gradient(
+                all_rows[entries], all_entries[:, entries], corners, ends, grads, work.table, cells
+            )
             for inner, level in work.maps.pairs(table, grad_value[image, :, heads]):
                 level.copy_(inner)
-    return grad_value, grad_locations, grad_weights
+    return grad_value, grad_places, grad_weights
 
 
 def _empty_gradients(
-    value: Tensor, locations: Tensor, weights: Tensor, of_value: bool, of_samples: bool
+    value: Tensor, places: Tensor, weights: Tensor, of_value: bool, of_samples: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = ((value, of_value), (locations, of_samples), (weights, of_samples))
-    gradients = (tensor.new_empty(tensor.shape if asked else 0) for tensor, asked in wanted)
-    return tuple(gradients)
+    wanted = ((value, of_value), (places, of_samples), (weights, of_samples))
+    grad_value, grad_places, grad_weights = (x.new_empty(x.shape if asked else 0) for x, asked in wanted)
+    return grad_value, grad_places, grad_weights
 
 
 @_attention.register_fake
-def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+def _(value: Tensor, points: Tensor | None, places: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
     return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
 
 
@@ -282,24 +339,26 @@ def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -
 def _(
     grad: Tensor,
     value: Tensor,
-    locations: Tensor,
+    points: Tensor | None,
+    places: Tensor,
     weights: Tensor,
     sizes: Sequence[int],
     of_value: bool,
     of_samples: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(value, locations, weights, of_value, of_samples)
+    return _empty_gradients(value, places, weights, of_value, of_samples)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Sequence[int]], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.sizes = inputs[3]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    needs = ctx.needs_input_grad[:3]
-    gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.sizes, needs[0], needs[1] or needs[2])
-    return (*(gradient if needed else None for gradient, needed in zip(gradients, needs)), None)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_value, _, of_places, of_weights, _ = ctx.needs_input_grad
+    gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.sizes, of_value, of_places or of_weights)
+    value, places, weights = (g if n else None for g, n in zip(gradients, (of_value, of_places, of_weights)))
+    return value, None, places, weights, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
@@ -312,5 +371,16 @@ def ms_deform_attn_cpu(
 
     An operator of ``torch.library``, which ``torch.compile`` keeps as it is.
     """
-    sizes = [extent for shape in spatial_shapes for extent in shape]
-    return _attention(value, sampling_locations, attention_weights.to(sampling_locations.dtype), sizes)
+    weights = attention_weights.to(sampling_locations.dtype)
+    return _attention(value, None, sampling_locations, weights, _flat(spatial_shapes))
+
+
+def ms_deform_attn_from_logits_cpu(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """See :func:`mask2former_plugin.modeling.ops.ms_deform_attn_from_logits`; differentiable once."""
+    return _attention(value, points, offsets, logits, _flat(spatial_shapes))
+
+
+def _flat(spatial_shapes: Sequence[tuple[int, int]]) -> list[int]:
+    return [extent for shape in spatial_shapes for extent in shape]
