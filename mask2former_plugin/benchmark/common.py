@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ from torch import nn
 from mask2former_plugin.benchmark import outputs, samples
 from mask2former_plugin.benchmark.cases import Case
 from mask2former_plugin.benchmark.workload import Context, Workload
+from mask2former_plugin.data.synthetic import SyntheticOptions, generate
 
 # few channels, published depth: for trial runs
 NARROW = [
@@ -31,6 +37,7 @@ NARROW = [
 ]  # fmt: skip
 LEARNING_RATE = 1e-4
 WEIGHTS = "model.safetensors"
+OBJECT_MASK_THRESHOLD, OVERLAP_THRESHOLD = 0.8, 0.8  # published, of panoptic segments
 
 
 def overrides(options: Mapping[str, Any]) -> list[Any]:
@@ -159,3 +166,122 @@ def matching_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[l
 def matcher_weights() -> dict[str, float]:
     """Published costs of Mask2Former."""
     return {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0, "num_points": 112 * 112}
+
+
+class _FixedBackbone(nn.Module):
+    """Stands in the place of a backbone whose work is not measured."""
+
+    size_divisibility = 32
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"images": images}
+
+
+class _FixedHead(nn.Module):
+    """Gives always the same predictions."""
+
+    def __init__(self, predictions: Mapping[str, Any], num_classes: int) -> None:
+        super().__init__()
+        self.predictions = predictions
+        self.num_classes = num_classes
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        return self.predictions
+
+
+def postprocess_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Class logits ``[Q, K+1]``, mask embeddings ``[Q, C]`` and features ``[C, h, w]`` at stride 4."""
+    height, width = options["image"]
+    embed, features = samples.mask_factors(options["queries"], (height // 4, width // 4))
+    logits = samples.class_logits(options["queries"], options["classes"], options["kept"])
+    return logits.to(device), embed.to(device), features.to(device)
+
+
+def postprocess_things(options: Mapping[str, Any]) -> int:
+    """The first so many classes are things, as of COCO's 133 80 are."""
+    return options["classes"] * 80 // 133
+
+
+def postprocess_model(case: Case, build: Callable[..., nn.Module], predictions: Mapping[str, Any], **more: Any) -> nn.Module:
+    """A meta architecture of either project around fixed predictions."""
+    options = case.options
+    things = {number: number for number in range(postprocess_things(options))}
+    return build(
+        backbone=_FixedBackbone(),
+        sem_seg_head=_FixedHead(predictions, options["classes"]),
+        criterion=nn.Identity(),
+        num_queries=options["queries"],
+        object_mask_threshold=OBJECT_MASK_THRESHOLD,
+        overlap_threshold=OVERLAP_THRESHOLD,
+        metadata=SimpleNamespace(name="benchmark", thing_dataset_id_to_contiguous_id=things),
+        size_divisibility=32,
+        sem_seg_postprocess_before_inference=True,
+        pixel_mean=(120.0, 120.0, 120.0),
+        pixel_std=(60.0, 60.0, 60.0),
+        semantic_on=options["task"] == "semantic",
+        panoptic_on=options["task"] == "panoptic",
+        instance_on=options["task"] == "instances",
+        test_topk_per_image=100,
+        **more,
+    ).eval()
+
+
+def postprocess_workload(case: Case, context: Context, model: nn.Module, inputs: Any) -> Workload:
+    """From fixed predictions to the results of a meta architecture of either project."""
+    model.to(context.device)
+    height, width = case.options["size"]
+    batch = [{"image": samples.image(case.options["image"]), "height": height, "width": width}]
+
+    def run() -> list[dict[str, Any]]:
+        with torch.no_grad():
+            return model(batch)
+
+    def compared() -> dict[str, np.ndarray]:
+        results = run()[0]
+        workload.facts.update(outputs.facts_of_results(results))
+        return outputs.of_results(results)
+
+    workload = Workload(run, compared, (inputs, batch))
+    return workload
+
+
+def generated_dataset(options: Mapping[str, Any], context: Context) -> Path:
+    """Folder of a synthetic COCO dataset; made by the first worker that asks."""
+    height, width = options["image"]
+    generated = SyntheticOptions(train_images=8, val_images=16, height=height, width=width)
+    return generate(context.scratch / f"shapes-{height}x{width}", generated, progress=False)
+
+
+def loading_workload(options: Mapping[str, Any], context: Context, mapper: Callable[[dict], dict]) -> Workload:
+    """One pass of a mapper over the training images of the synthetic dataset, with the same random numbers each time."""
+    root = generated_dataset(options, context)
+    content = json.loads((root / "annotations" / "panoptic_train.json").read_text())
+    classes = {category["id"]: index for index, category in enumerate(content["categories"])}
+    dicts = [
+        {
+            "file_name": str(root / "train" / annotation["file_name"].replace(".png", ".jpg")),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": str(root / "panoptic_train" / annotation["file_name"]),
+            "segments_info": [
+                {**segment, "category_id": classes[segment["category_id"]]} for segment in annotation["segments_info"]
+            ],
+        }
+        for annotation in content["annotations"]
+    ]
+
+    def run() -> list[dict[str, Any]]:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return [mapper(copy.deepcopy(one)) for one in dicts]
+
+    def compared() -> dict[str, np.ndarray]:
+        found = run()
+        images = torch.stack([sample["image"][:, ::8, ::8] for sample in found])
+        targets = [
+            torch.stack([sample["instances"].gt_classes, sample["instances"].gt_masks.flatten(1).sum(1).long()], 1)
+            for sample in found
+        ]
+        return {"images": outputs.array(images), "targets": outputs.array(torch.cat(targets))}
+
+    return Workload(run, compared)

@@ -172,6 +172,10 @@ def _postprocess(case: Case, context: Context) -> Workload:
     options = case.options
     if context.side.precision != "float32":
         raise NotOffered("post-processing is float32")
+    if options["task"] == "instances" and options["light"]:
+        raise NotOffered("run lengths are those of a label map without overlaps")
+    if options["task"] == "semantic" and not options["light"]:
+        raise NotOffered("scores are made only on the way to a label map")
     classes, embed, features = common.postprocess_inputs(options, context.device)
     found = SimpleNamespace(class_queries_logits=classes[None], masks_queries_logits=torch.einsum("qc,chw->qhw", embed, features)[None])
     processor, size = _processor("mask2former"), [tuple(options["size"])]

@@ -3,7 +3,7 @@
 The checkout's code runs as it is. What it needs and a plain machine lacks is stood in for, before it is imported:
 
 - its compiled attention operator, by an empty module: the original then computes its own PyTorch formula;
-- timm and torchvision, where they are not installed: of the one it uses three helpers, of the other one function.
+- timm, torchvision and panopticapi, where they are not installed, by the few helpers that it uses of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mask2former_plugin.benchmark import common, outputs
 from mask2former_plugin.benchmark.cases import Case
-from mask2former_plugin.benchmark.workload import Context, Workload
+from mask2former_plugin.benchmark.workload import Context, NotOffered, Workload
 
 PACKAGES = {"mask2former": "mask2former", "maskformer": "mask_former"}  # family to the package in the checkout
 
@@ -49,6 +49,11 @@ class _DropPath(nn.Identity):
         super().__init__()
 
 
+def _rgb_to_id(color: np.ndarray) -> np.ndarray:
+    """Segment ids ``[H, W]`` of a panoptic PNG ``[H, W, 3]``."""
+    return color.astype(np.int32) @ np.array([1, 256, 256**2], dtype=np.int32)
+
+
 def _stand_in(name: str, **content: Any) -> None:
     module = ModuleType(name)
     module.__dict__.update(content)
@@ -70,6 +75,9 @@ def import_project(checkout: Path) -> SimpleNamespace:
         )
     if importlib.util.find_spec("torchvision") is None:
         _stand_in("torchvision", __version__="0.20", _is_tracing=torch.jit.is_tracing)
+    if importlib.util.find_spec("panopticapi") is None:
+        _stand_in("panopticapi")
+        _stand_in("panopticapi.utils", rgb2id=_rgb_to_id)
     sys.path.insert(0, str(checkout))
     package = PACKAGES[family]
     modules = {
@@ -165,10 +173,28 @@ def _matching(case: Case, context: Context) -> Workload:
     return Workload(run, compared, (predictions, target))
 
 
+def _postprocess(case: Case, context: Context) -> Workload:
+    if case.options["light"]:
+        raise NotOffered("there are no light results")
+    classes, embed, features = common.postprocess_inputs(case.options, context.device)
+    predictions = {"pred_logits": classes[None], "pred_masks": torch.einsum("qc,chw->qhw", embed, features)[None]}
+    model = common.postprocess_model(case, _project(context).model.MaskFormer, predictions)
+    return common.postprocess_workload(case, context, model, predictions)
+
+
+def _loading(case: Case, context: Context) -> Workload:
+    cfg = config({**case.options, "queries": 100, "narrow": False}, context)
+    cfg.INPUT.IMAGE_SIZE = case.options["side"]
+    mapper = _project(context).package.COCOPanopticNewBaselineDatasetMapper(cfg, True)
+    return common.loading_workload(case.options, context, mapper)
+
+
 BUILDERS: dict[str, Callable[[Case, Context], Workload]] = {
     "inference": _inference,
     "training": _training,
     "attention": _attention,
     "attention_backward": _attention,
     "matching": _matching,
+    "postprocess": _postprocess,
+    "loading": _loading,
 }

@@ -28,15 +28,17 @@ def of_results(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     found = {}
     if "sem_seg" in results:
         scores = results["sem_seg"]
-        found["semantic_scores"] = array(scores[:, ::_STEP, ::_STEP])
-        found["semantic_labels"] = array(scores.argmax(0).to(torch.int16))
+        if scores.dim() == 3:  # otherwise a label map
+            found["semantic_scores"] = array(scores[:, ::_STEP, ::_STEP])
+        found["semantic_labels"] = array(scores.argmax(dim=0).to(torch.int16))
     if "panoptic_seg" in results:
         ids, segments = results["panoptic_seg"]
         found["panoptic_classes"] = panoptic_classes(ids, segments, "category_id")
     if "instances" in results:
         instances = results["instances"]
+        masks = instances.pred_masks if instances.has("pred_masks") else instances.pred_masks_rle.dense()
         found["instance_scores"] = np.sort(array(instances.scores))
-        found["instance_masks"] = weighted_masks(instances.pred_masks, instances.scores)
+        found["instance_masks"] = weighted_masks(masks, instances.scores)
     return found
 
 

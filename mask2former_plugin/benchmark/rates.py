@@ -12,17 +12,18 @@ from mask2former_plugin.benchmark.measure import Meter
 
 _TIMINGS = 5
 _SIZE = {"cpu": 2048, "cuda": 8192}  # side of the matrices
+_QUICK_SIZE = 256
 
 
-def measure(meter: Meter) -> dict[str, float]:
-    """The best of a few timings each.
+def measure(meter: Meter, quick: bool) -> dict[str, float]:
+    """The best of a few timings each; ``quick`` takes small sizes, which tell nothing.
 
     Returns:
         ``matmul_float32``, ``conv_float32`` (a 3x3 convolution, channels last: the same arithmetic through another
         library), the same in bfloat16, operations per second with a multiply-add as two; ``copy``: bytes read and
         written per second.
     """
-    side = _SIZE[meter.device.type]
+    side = _QUICK_SIZE if quick else _SIZE[meter.device.type]
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         matrix = torch.randn(side, side, device=meter.device, dtype=dtype)
@@ -33,7 +34,7 @@ def measure(meter: Meter) -> dict[str, float]:
         image, weight = (x.to(memory_format=torch.channels_last) for x in (image, weight))
         operations = 2 * (size * channels) ** 2 * 9
         found[f"conv_{name}"] = operations / _best(meter, lambda: F.conv2d(image, weight, padding=1))
-    source = torch.zeros(2**28, dtype=torch.uint8, device=meter.device)
+    source = torch.zeros(side**2 * 64, dtype=torch.uint8, device=meter.device)
     goal = torch.zeros_like(source)
     found["copy"] = 2 * source.nbytes / _best(meter, lambda: goal.copy_(source))
     return found

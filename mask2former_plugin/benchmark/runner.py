@@ -185,6 +185,8 @@ class Runner:
         workers: dict[str, WorkerProcess] = {}
         for name in entries:
             with self._watch(case, entries[name]):
+                if case.axis and (SIDES[name].precision != "float32" or SIDES[name].compiled):
+                    raise WorkerError("not offered", "curves are those of float32")
                 if case.kind in _MODEL_KINDS:
                     self._worker("ours", family).ask("weights", case=case.name)
                 worker = self._worker(name, family)

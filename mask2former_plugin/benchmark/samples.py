@@ -15,6 +15,7 @@ KEPT_SCORE = 0.8  # score above which a query counts as kept, the published thre
 MASK_AREA = 0.03  # mean part of the image that a mask covers
 _SURE = 0.95  # class probability of the median query, "no object" left out
 _MASK_SPREAD = 5.0  # standard deviation of the mask logits of one query
+_RESIDUAL, _SHARPNESS = 0.2, 6.0  # factors of what decoder layers add, and of the queries and keys of cross-attention
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -82,10 +83,12 @@ def mask_factors(queries: int, size: tuple[int, int], seed: int = 0) -> tuple[Te
 def make_realistic(model: nn.Module, batch: list[Mapping[str, Any]], passes: int = 3) -> None:
     """Change the last layers of a random model such that its results have the size of a trained model's; in place.
 
-    Random weights give every class the same score: either no query survives or all do. Here the class head is scaled
-    until the median query is 95 % sure of one class, and the bias of "no object" lets a quarter of the queries pass the
-    score of 0.8. The mask head is scaled to sure masks and shifted, along the mean per-pixel embedding, until a mask
-    covers 3 % of the image. Masks steer the attention of the next layers, hence the repetition.
+    A random decoder makes all queries alike and gives every class the same score: either no query survives or all do.
+    Here decoder layers add less to their queries and look at few places, so that queries stay different. The class head
+    is scaled until the median query is 95 % sure of one class, and the bias of "no object" lets a quarter of the
+    queries pass the score of 0.8. The mask head is scaled to sure masks and shifted, along the mean per-pixel
+    embedding, until a mask covers 3 % of the image on average. Masks steer the attention of the next layers, hence the
+    repetition.
 
     Args:
         model: a MaskFormer or Mask2Former of ours, on any device.
@@ -93,6 +96,11 @@ def make_realistic(model: nn.Module, batch: list[Mapping[str, Any]], passes: int
     """
     predictor = model.sem_seg_head.predictor
     classes, mask_head = predictor.class_embed, predictor.mask_embed.layers[-1]
+    for name, parameter in predictor.named_parameters():
+        if name.endswith(("out_proj.weight", "linear2.weight")):
+            parameter.mul_(_RESIDUAL)
+        elif name.endswith("multihead_attn.in_proj_weight"):
+            parameter[: 2 * parameter.shape[1]].mul_(_SHARPNESS)
     for _ in range(passes):
         outputs = model.sem_seg_head(model.backbone(model.preprocess(batch).tensor))
         factors = outputs["mask_logits"]

@@ -99,18 +99,19 @@ class Worker:
     def operations(self) -> dict[str, Any]:
         """Floating-point operations of a run, and the bytes that it has to read and write at least."""
         with FlopCounterMode(display=False) as counter:
-            result = self.workload.run()
+            result = (self.workload.counted or self.workload.run)()
         moved = number_of_bytes(self.workload.inputs) + number_of_bytes(result)
         return {"flop": counter.get_total_flops(), "bytes": moved}
 
     def rates(self) -> dict[str, Any]:
         """What the machine reaches."""
-        return rates.measure(self.meter)
+        return rates.measure(self.meter, self.quick)
 
     def finish(self) -> dict[str, Any]:
         """Forget the case."""
         self.workload = None
-        torch._dynamo.reset()
+        if self.context.side.compiled:
+            torch._dynamo.reset()
         release_memory()
         return {}
 

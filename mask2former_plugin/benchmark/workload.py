@@ -85,12 +85,14 @@ class Workload:
         outputs: arrays by name, of one run with fixed random numbers, which are compared between the sides.
         inputs: everything that a run has to read; a bound of its time.
         facts: numbers that describe the load, such as the number of segments.
+        counted: does the same through operators whose operations PyTorch can count, where ``run`` doesn't.
     """
 
     run: Callable[[], Any]
     outputs: Callable[[], dict[str, np.ndarray]]
     inputs: Any = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    counted: Callable[[], Any] | None = None
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
