@@ -86,7 +86,8 @@ def _affine_form(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _convert_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights of matrix products in the precision that autocast would give them, convolutions' channels-last."""
+    """Weights of matrix products in the precision that autocast would give them, convolutions' channels-last; ReLUs
+    that follow convolutions overwrite their input."""
     for layer in module.modules():
         if not isinstance(layer, (nn.Conv2d, nn.Linear, MultiheadAttention)):
             continue
@@ -95,6 +96,8 @@ def _convert_weights(module: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+            if getattr(layer, "activation", None) is F.relu:
+                layer.activation = F.relu_
 
 
 def fuse_residual_blocks(module: nn.Module) -> None:

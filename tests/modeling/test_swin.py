@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mask2former_plugin.modeling import D2SwinTransformer
 from mask2former_plugin.modeling.backbones.swin import DropPath
@@ -223,3 +224,12 @@ def test_bfloat16():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         D2SwinTransformer(**SMALL | options)
+
+
+def test_attention_is_fused_on_cpus():
+    backbone, image = D2SwinTransformer(**SMALL).eval(), torch.randn(1, 3, 40, 50)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error
+        outputs = backbone(image)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for name, expected in backbone(image).items():
+            torch.testing.assert_close(outputs[name], expected, rtol=0, atol=1e-4)  # float32

@@ -13,6 +13,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mask2former_plugin.modeling.layers.linear import Linear, token_wise
+
 # added to the attention logits between parts of a window that do not belong together
 SEPARATION = -100.0
 
@@ -40,8 +42,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,8 +87,8 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window))
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout(drop)
 
     def forward(self, windows: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
@@ -99,9 +101,8 @@ class WindowAttention(nn.Module):
         Returns:
             ``[N, window², C]``.
         """
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(
-            2, 0, 1
-        )  # [heads, window², window²]
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        bias = bias.unsqueeze(0)  # [1, heads, window², window²]; the fused attention of CPUs wants four dimensions
         qkv = (
             self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )  # [3, N, heads, window², d]
@@ -199,7 +200,10 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to the same."""
         x = x + self.drop_path(self._attend(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(token_wise(self._feed, x, self.mlp.fc1.out_features))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
 
 class PatchMerging(nn.Module):
@@ -208,7 +212,7 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, ceil(H/2), ceil(W/2), 2C]``; odd sizes are padded with zeros."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear
+from mask2former_plugin.modeling.layers.linear import Linear, linear
 from mask2former_plugin.modeling.ops import ms_deform_attn_from_logits
 
 
@@ -81,7 +81,10 @@ class MSDeformAttn(nn.Module):
         """
         samples = (self.num_heads, self.num_levels, self.num_points)
         values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
-        offsets = self.sampling_offsets(query).unflatten(2, (*samples, 2))
-        logits = self.attention_weights(query).unflatten(2, samples)
-        attended = ms_deform_attn_from_logits(values, spatial_shapes, points, offsets, logits)
+        both = (self.sampling_offsets, self.attention_weights)  # one product is faster than two
+        predicted = linear(query, torch.cat([x.weight for x in both]), torch.cat([x.bias for x in both]))
+        offsets, logits = predicted.split([x.out_features for x in both], dim=2)
+        attended = ms_deform_attn_from_logits(
+            values, spatial_shapes, points, offsets.unflatten(2, (*samples, 2)), logits.unflatten(2, samples)
+        )
         return self.output_proj(attended)

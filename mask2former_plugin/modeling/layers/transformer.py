@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
-from mask2former_plugin.modeling.layers.linear import Linear, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, rectified, token_wise
 from mask2former_plugin.modeling.recomputation import RunsLayers
 
 
@@ -35,7 +34,7 @@ class TransformerEncoderLayer(nn.Module):
         return self.dropout(self.self_attn(query, query, x))
 
     def _feed(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu(self.linear1(self.norm2(x) if self.pre_norm else x)))
+        hidden = self.dropout(rectified(self.linear1(self.norm2(x) if self.pre_norm else x)))
         x = x + self.dropout(self.linear2(hidden))
         return x if self.pre_norm else self.norm2(x)
 
@@ -71,7 +70,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.dropout(self.multihead_attn(x + query_pos, keys, memory))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return self.dropout(self.linear2(self.dropout(rectified(self.linear1(x)))))
 
     def forward(self, x: Tensor, query_pos: Tensor, keys: Tensor, memory: Tensor) -> Tensor:
         """Queries ``[B, Q, C]``, positions ``[Q, C]``, memory ``[B, S, C]`` with (``keys``) and without position."""

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
@@ -14,7 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
-from mask2former_plugin.modeling.layers.linear import Linear, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, rectified, token_wise
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -53,7 +52,7 @@ class DeformableEncoderLayer(nn.Module):
         return token_wise(self._feed, x, self.linear1.out_features)
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(rectified(self.linear1(x))))))
 
 
 class _LayerStack(nn.Module):

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
+from mask2former_plugin.modeling.layers.linear import rectified
 from mask2former_plugin.modeling.layers.mlp import MLP
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.layers.transformer import xavier_init
@@ -69,7 +70,7 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, Q, C]`` to the same."""
-        hidden = F.relu(self.linear1(self.norm(x) if self.pre_norm else x))
+        hidden = rectified(self.linear1(self.norm(x) if self.pre_norm else x))
         x = x + self.linear2(hidden)
         return x if self.pre_norm else self.norm(x)
 
