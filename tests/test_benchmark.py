@@ -53,7 +53,13 @@ def worker(tmp_path):
     """A side of this package, in this process."""
 
     def make(side="ours"):
-        settings = {"side": side, "threads": torch.get_num_threads(), "device": "cpu", "configs": str(CONFIGS)}
+        settings = {
+            "side": side,
+            "threads": torch.get_num_threads(),
+            "device": "cpu",
+            "configs": str(CONFIGS),
+            "keep_freed_memory": False,
+        }
         return Worker({**settings, "scratch": str(tmp_path), "original": None, "quick": True})
 
     return make
@@ -65,7 +71,9 @@ def _run(output, *arguments):
 
 
 def test_sides_that_agree_are_timed_and_reported(tmp_path):
-    code, results = _run(tmp_path, "--cases", "attention/forward", "matching/10-targets", "--sides", "ours", "reference")
+    code, results = _run(
+        tmp_path, "--cases", "attention/forward", "matching/10-targets", "--sides", "ours", "reference"
+    )
     assert code == 0
     assert results["format"] == report.FORMAT and results["settings"]["quick"]
     assert results["machine"]["cores"] >= 1 and results["versions"]["torch"] == torch.__version__
@@ -130,7 +138,11 @@ def test_list_and_groups(capsys):
 
 def test_differences():
     expected = {"class_logits": np.array([3.0, 4.0]), "semantic_labels": np.array([1, 2, 3, 4])}
-    found = {"class_logits": np.array([3.0, 4.5]), "other_semantic_labels": np.array([1, 2, 3, 5]), "instance_masks": np.zeros(2)}
+    found = {
+        "class_logits": np.array([3.0, 4.5]),
+        "other_semantic_labels": np.array([1, 2, 3, 5]),
+        "instance_masks": np.zeros(2),
+    }
     compared = agreement.compare(found, expected, "float32")
     assert {name: one["difference"] for name, one in compared.items()} == {
         "class_logits": pytest.approx(0.1),
@@ -155,7 +167,12 @@ def test_void_pixels_of_panoptic_maps_do_not_count():
 def test_every_output_of_quick_cases_has_a_rule(worker, tmp_path):
     """Inference, training, loading and evaluation once through, as a worker does it."""
     ours = worker()
-    for name in ("inference/mask2former-r50-coco", "training/maskformer-r50-512", "loading/coco-panoptic-lsj", "evaluation/panoptic"):
+    for name in (
+        "inference/mask2former-r50-coco",
+        "training/maskformer-r50-512",
+        "loading/coco-panoptic-lsj",
+        "evaluation/panoptic",
+    ):
         if CASES[name].kind in ("inference", "training"):
             ours.weights(name)
         ours.prepare(name)
@@ -170,10 +187,26 @@ def test_every_output_of_quick_cases_has_a_rule(worker, tmp_path):
         ours.finish()
 
 
+@pytest.mark.parametrize("what", ["forward", "forward-backward"])
+@pytest.mark.parametrize("suffix", ["", "-from-logits"])
+def test_attention_agrees_with_the_reference(worker, tmp_path, what, suffix):
+    found = []
+    for side in ("ours", "reference"):
+        one = worker(side)
+        one.prepare(f"attention/{what}{suffix}")
+        one.outputs(str(tmp_path / "outputs.npz"))
+        with np.load(tmp_path / "outputs.npz") as arrays:
+            found.append(dict(arrays))
+    assert found[0].keys() == found[1].keys()
+    assert not agreement.disagreements(agreement.compare(*found, "float32"))
+
+
 @pytest.mark.parametrize("task", ["panoptic", "instances", "semantic"])
 def test_light_results_agree_with_dense_ones(worker, tmp_path, task):
     found = []
-    for name in dict.fromkeys((f"postprocess/{task}-2000x3000", f"postprocess/{task}{'-light' * (task != 'panoptic')}-2000x3000")):
+    for name in dict.fromkeys(
+        (f"postprocess/{task}-2000x3000", f"postprocess/{task}{'-light' * (task != 'panoptic')}-2000x3000")
+    ):
         ours = worker()
         ours.prepare(name)
         facts = ours.outputs(str(tmp_path / "outputs.npz"))["facts"]
@@ -218,7 +251,9 @@ def test_memory_meter_sees_a_peak():
 
 
 def test_missing_memory_is_recognised():
-    assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried")
+    )
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
@@ -228,13 +263,30 @@ def test_bytes_are_counted_once():
 
 
 def _side(name, median, memory, **more):
-    return {"side": name, "status": "measured", "times": [median], "median": median, "least": median, "most": median, "memory": memory, "result": 2**20, **more}
+    return {
+        "side": name,
+        "status": "measured",
+        "times": [median],
+        "median": median,
+        "least": median,
+        "most": median,
+        "memory": memory,
+        "result": 2**20,
+        **more,
+    }
 
 
 def _case(name, sides, **more):
     case = CASES[name]
     limit = {"flop": 10**9, "bytes": 10**6}
-    values = {"name": name, "title": case.title, "group": case.group, "curve": case.curve, "axis": case.axis, "value": case.value}
+    values = {
+        "name": name,
+        "title": case.title,
+        "group": case.group,
+        "curve": case.curve,
+        "axis": case.axis,
+        "value": case.value,
+    }
     return {**values, "images": case.images, "limit": limit, "sides": sides, **more}
 
 
@@ -245,8 +297,14 @@ def results():
         "date": "2020-01-02T03:04:05+00:00",
         "machine": {"cpu": "Some CPU", "cores": 2, "memory": 2**34, "system": "Linux"},
         "versions": {"python": "3.11", "torch": "2.9"},
-        "settings": {"threads": 2, "quick": False, "device": "cpu"},
-        "rates": {"matmul_float32": 1e9, "conv_float32": 2e9, "matmul_bfloat16": 4e9, "conv_bfloat16": 1e9, "copy": 1e9},
+        "settings": {"threads": 2, "quick": False, "device": "cpu", "keep_freed_memory": "ours"},
+        "rates": {
+            "matmul_float32": 1e9,
+            "conv_float32": 2e9,
+            "matmul_bfloat16": 4e9,
+            "conv_bfloat16": 1e9,
+            "copy": 1e9,
+        },
         "cases": [],
     }
 
@@ -258,7 +316,11 @@ def test_table_has_ratios_and_distance_from_the_limit(results):
         _case("inference/mask2former-r50-coco", sides),
         _case("loading/coco-panoptic-lsj", [_side("ours", 2.0, None)], limit=None),
     ]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.tables(results).splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.tables(results).splitlines()
+        if line.startswith("|")
+    ]
     ours, bf16, original, transformers = rows[2:6]
     # 1 GFLOP at the faster of two rates: 0.5 s in float32, 0.25 s in bfloat16
     assert ours[1:] == ["ours", "1 s", "1 s … 1 s", "256 MB", "3.00×, 0.25×", "500 ms", "2.0"]

@@ -67,7 +67,9 @@ RULES = {
 }
 
 
-def compare(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], precision: str) -> dict[str, dict[str, float]]:
+def compare(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], precision: str
+) -> dict[str, dict[str, float]]:
     """``difference`` and ``tolerance`` of every output that both sides have, by the name of the output."""
     result = {}
     for name, value in found.items():

@@ -76,7 +76,9 @@ def _inference(name: str, title: str, size: tuple[int, int], model: Mapping[str,
     return Case(name, title, "inference", {**model, "size": size}, {**_SMALL, "size": (64, 96)}, **more)
 
 
-def _training(name: str, title: str, side: int, batch: int, targets: int, model: Mapping[str, Any], **more: Any) -> Case:
+def _training(
+    name: str, title: str, side: int, batch: int, targets: int, model: Mapping[str, Any], **more: Any
+) -> Case:
     options = {**model, "size": (side, side), "batch": batch, "targets": targets}
     return Case(name, title, "training", options, {**_SMALL, "size": (64, 64), "targets": min(targets, 6)}, **more)
 
@@ -84,15 +86,30 @@ def _training(name: str, title: str, side: int, batch: int, targets: int, model:
 def _inference_cases() -> list[Case]:
     maskformer = {"family": "maskformer"}
     return [
-        _inference("inference/mask2former-r50-coco", "Mask2Former R50, COCO panoptic + instance + semantic, 800x1066", (800, 1066), _model(COCO)),
-        _inference("inference/mask2former-swin-t-ade20k", "Mask2Former Swin-T, ADE20K semantic, 512x512", (512, 512), _model(ADE_SWIN)),
+        _inference(
+            "inference/mask2former-r50-coco",
+            "Mask2Former R50, COCO panoptic + instance + semantic, 800x1066",
+            (800, 1066),
+            _model(COCO),
+        ),
+        _inference(
+            "inference/mask2former-swin-t-ade20k",
+            "Mask2Former Swin-T, ADE20K semantic, 512x512",
+            (512, 512),
+            _model(ADE_SWIN),
+        ),
         _inference(
             "inference/mask2former-r50-cityscapes",
             "Mask2Former R50, Cityscapes panoptic + instance + semantic, 1024x2048",
             (1024, 2048),
             _model(CITYSCAPES),
         ),
-        _inference("inference/maskformer-r50-ade20k", "MaskFormer R50, ADE20K semantic, 512x512", (512, 512), _model(MASKFORMER_ADE, **maskformer)),
+        _inference(
+            "inference/maskformer-r50-ade20k",
+            "MaskFormer R50, ADE20K semantic, 512x512",
+            (512, 512),
+            _model(MASKFORMER_ADE, **maskformer),
+        ),
         _inference(
             "inference/maskformer-r50-coco",
             "MaskFormer R50, COCO panoptic + semantic, 800x1066",
@@ -105,9 +122,20 @@ def _inference_cases() -> list[Case]:
 def _training_cases() -> list[Case]:
     maskformer = _model(MASKFORMER_ADE, "maskformer")
     return [
-        _training("training/mask2former-r50-512", "Mask2Former R50, 512x512, batch 2, 20 targets", 512, 2, 20, _model(COCO)),
-        _training("training/mask2former-r50-1024", "Mask2Former R50, 1024x1024, batch 1, 20 targets", 1024, 1, 20, _model(COCO)),
-        _training("training/maskformer-r50-512", "MaskFormer R50, 512x512, batch 2, 20 targets", 512, 2, 20, maskformer),
+        _training(
+            "training/mask2former-r50-512", "Mask2Former R50, 512x512, batch 2, 20 targets", 512, 2, 20, _model(COCO)
+        ),
+        _training(
+            "training/mask2former-r50-1024",
+            "Mask2Former R50, 1024x1024, batch 1, 20 targets",
+            1024,
+            1,
+            20,
+            _model(COCO),
+        ),
+        _training(
+            "training/maskformer-r50-512", "MaskFormer R50, 512x512, batch 2, 20 targets", 512, 2, 20, maskformer
+        ),
     ]
 
 
@@ -115,18 +143,26 @@ def _attention_cases() -> list[Case]:
     # the levels of an 800x1066 image at stride 32, 16 and 8: 17,600 tokens
     options = {"shapes": ((25, 34), (50, 67), (100, 134)), "heads": 8, "width": 32, "points": 4}
     quick = {"shapes": ((3, 4), (6, 8), (12, 16))}
-    text = "17.6k tokens, 8 heads of 32, 3 levels, 4 points"
-    return [
-        Case("attention/forward", f"forward, {text}", "attention", options, quick),
-        Case("attention/forward-backward", f"forward + backward, {text}", "attention_backward", options, quick),
-    ]
+    cases = []
+    for kind, what in (("attention", "forward"), ("attention_backward", "forward-backward")):
+        for logits, given in ((False, "locations and weights"), (True, "offsets and logits")):
+            name = f"attention/{what}{'-from-logits' * logits}"
+            title = f"{what.replace('-', ' + ')}, from {given}, 17.6k tokens, 8 heads of 32, 3 levels, 4 points"
+            cases.append(Case(name, title, kind, {**options, "logits": logits}, quick))
+    return cases
 
 
 def _matching_cases() -> list[Case]:
     options = {"predictions": 10, "queries": 100, "classes": 133, "channels": 256, "size": (1024, 1024)}
     quick = {"queries": 12, "channels": 16, "size": (64, 64), "targets": 6}
     return [
-        Case(f"matching/{n}-targets", f"100 queries, {n} targets of 1024x1024", "matching", {**options, "targets": n}, quick)
+        Case(
+            f"matching/{n}-targets",
+            f"100 queries, {n} targets of 1024x1024",
+            "matching",
+            {**options, "targets": n},
+            quick,
+        )
         for n in (10, 50, 200)
     ]
 
@@ -146,7 +182,15 @@ def _postprocess_cases() -> list[Case]:
         ):
             # scores of COCO's 133 classes at 4000x5000 would be 10.6 GB
             classes = 19 if task == "semantic" and size[0] > 2000 else 133
-            options = {"queries": 100, "classes": classes, "kept": 25, "task": task, "light": light, "image": image, "size": size}
+            options = {
+                "queries": 100,
+                "classes": classes,
+                "kept": 25,
+                "task": task,
+                "light": light,
+                "image": image,
+                "size": size,
+            }
             name = f"postprocess/{task}{'-light' * light}-{size[0]}x{size[1]}"
             cases.append(Case(name, f"{what}, {classes} classes, {size[0]}x{size[1]}", "postprocess", options, quick))
     return cases
@@ -157,18 +201,44 @@ def _growth_cases() -> list[Case]:
     cases = []
     for side in (256, 512, 768, 1024, 1280):
         title = f"inference, {side}x{side}"
-        cases.append(_inference(f"growth/inference-pixels/{side}", title, (side, side), model, axis="pixels", value=side**2))
+        cases.append(
+            _inference(f"growth/inference-pixels/{side}", title, (side, side), model, axis="pixels", value=side**2)
+        )
     for queries in (100, 200, 300):
         more = {"axis": "queries", "value": queries}
         wide = {**model, "queries": queries}
-        cases.append(_inference(f"growth/inference-queries/{queries}", f"inference, {queries} queries, 512x512", (512, 512), wide, **more))
-        cases.append(_training(f"growth/training-queries/{queries}", f"training step, {queries} queries, 512x512", 512, 1, 20, wide, **more))
+        cases.append(
+            _inference(
+                f"growth/inference-queries/{queries}",
+                f"inference, {queries} queries, 512x512",
+                (512, 512),
+                wide,
+                **more,
+            )
+        )
+        cases.append(
+            _training(
+                f"growth/training-queries/{queries}",
+                f"training step, {queries} queries, 512x512",
+                512,
+                1,
+                20,
+                wide,
+                **more,
+            )
+        )
     for side in (256, 512, 768, 1024):
         title = f"training step, {side}x{side}, 20 targets"
-        cases.append(_training(f"growth/training-pixels/{side}", title, side, 1, 20, model, axis="pixels", value=side**2))
+        cases.append(
+            _training(f"growth/training-pixels/{side}", title, side, 1, 20, model, axis="pixels", value=side**2)
+        )
     for targets in (5, 20, 50, 100, 200):
         title = f"training step, {targets} targets, 512x512"
-        cases.append(_training(f"growth/training-targets/{targets}", title, 512, 1, targets, model, axis="targets", value=targets))
+        cases.append(
+            _training(
+                f"growth/training-targets/{targets}", title, 512, 1, targets, model, axis="targets", value=targets
+            )
+        )
     return sorted(cases, key=lambda case: case.curve)
 
 
@@ -182,8 +252,22 @@ def _data_cases() -> list[Case]:
             {"image": (60, 80), "side": 128},
             images=8,
         ),
-        Case("evaluation/panoptic", "panoptic evaluator, images of 480x640", "evaluation", {"task": "panoptic", "image": (480, 640)}, {"image": (60, 80)}, images=16),
-        Case("evaluation/semantic", "semantic evaluator, images of 480x640", "evaluation", {"task": "semantic", "image": (480, 640)}, {"image": (60, 80)}, images=16),
+        Case(
+            "evaluation/panoptic",
+            "panoptic evaluator, images of 480x640",
+            "evaluation",
+            {"task": "panoptic", "image": (480, 640)},
+            {"image": (60, 80)},
+            images=16,
+        ),
+        Case(
+            "evaluation/semantic",
+            "semantic evaluator, images of 480x640",
+            "evaluation",
+            {"task": "semantic", "image": (480, 640)},
+            {"image": (60, 80)},
+            images=16,
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the sides share: config overrides, loading weights, batches, and the parts of the work that are no side's own."""
+"""What the sides share: config overrides, loading weights, batches, and the work that is no side's own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def overrides(options: Mapping[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def load_model(cfg: CfgNode, options: Mapping[str, Any], context: Context) -> nn.Module:
+def load_model(cfg: Any, options: Mapping[str, Any], context: Context) -> nn.Module:
     """A model of Detectron2's with the weights of all sides, in training mode, on the device of the worker."""
     model = build_model(cfg)
     state = model.state_dict()  # with the versions of the modules: the original renames the weights of older ones
@@ -100,44 +100,71 @@ def training_outputs(model: nn.Module, losses: Callable[[], Any]) -> dict[str, n
     return result
 
 
-def attention_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values ``[1, S, M, D]``, sampling locations ``[1, S, M, L, P, 2]`` near each token, weights ``[1, S, M, L, P]``."""
+def attention_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Values ``[1, S, M, D]``, pixel offsets ``[1, S, M, L, P, 2]``, logits ``[1, S, M, L, P]``, places ``[S, 2]``."""
     shapes, heads, points = options["shapes"], options["heads"], options["points"]
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
     rng = samples.generator(6)
     value = torch.randn(1, tokens, heads, options["width"], generator=rng)
-    centres = []
+    offsets = torch.randn(1, tokens, heads, levels, points, 2, generator=rng) * 3
+    logits = torch.randn(1, tokens, heads, levels, points, generator=rng)
+    places = []
     for height, width in shapes:
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-        centres.append(torch.stack([x, y], -1).flatten(0, 1))
-    extent = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float32)[None, :, None]
-    offsets = torch.randn(1, tokens, heads, levels, points, 2, generator=rng) * 3 / extent  # three cells wide
-    locations = torch.cat(centres)[None, :, None, None, None] + offsets
-    weights = torch.randn(1, tokens, heads, levels * points, generator=rng).softmax(-1).unflatten(-1, (levels, points))
-    return value.to(device), locations.to(device), weights.to(device)
+        places.append(torch.stack([x, y], -1).flatten(0, 1))
+    return tuple(one.to(device) for one in (value, offsets, logits, torch.cat(places)))
 
 
-def attention_workload(case: Case, context: Context, attention: Callable[..., torch.Tensor]) -> Workload:
-    """Forward, or forward and backward, of any implementation ``attention(value, locations, weights)``."""
-    value, locations, weights = attention_inputs(case.options, context.device)
+def locations_and_weights(
+    options: Mapping[str, Any], places: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampling locations in [0, 1] and attention weights, as the layer of Deformable DETR computes them."""
+    extent = torch.tensor([[width, height] for height, width in options["shapes"]], device=places.device)
+    locations = places[None, :, None, None, None] + offsets / extent[None, None, None, :, None]
+    return locations, logits.flatten(3).softmax(-1).unflatten(3, logits.shape[3:])
+
+
+def attention_workload(
+    case: Case,
+    context: Context,
+    attention: Callable[..., torch.Tensor],
+    from_logits: Callable[..., torch.Tensor] | None = None,
+) -> Workload:
+    """Forward, or forward and backward, of any implementation.
+
+    Args:
+        attention: ``(value, locations, weights)``.
+        from_logits: ``(value, places, offsets, logits)``; by default locations and weights are made of them first.
+    """
+    value, offsets, logits, places = attention_inputs(case.options, context.device)
+    if case.options["logits"]:
+        inputs = (value, offsets, logits)
+
+        def forward(value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if from_logits is not None:
+                return from_logits(value, places, offsets, logits)
+            return attention(value, *locations_and_weights(case.options, places, offsets, logits))
+
+    else:
+        inputs = (value, *locations_and_weights(case.options, places, offsets, logits))
+        forward = attention
     if context.side.precision == "bfloat16":
-        value, weights = value.bfloat16(), weights.bfloat16()  # locations stay as they are: they need the precision
-    inputs = (value, locations, weights)
+        # locations keep their precision, they need it
+        inputs = tuple(one if i == 1 and not case.options["logits"] else one.bfloat16() for i, one in enumerate(inputs))
     if case.kind == "attention":
 
         def run() -> torch.Tensor:
             with torch.no_grad():
-                return attention(*inputs)
+                return forward(*inputs)
 
         return Workload(run, lambda: {"attention": outputs.array(run())}, inputs)
 
-    for one in inputs:
-        one.requires_grad_()
+    inputs = tuple(one.detach().requires_grad_() for one in inputs)
     direction = torch.randn(1, value.shape[1], value.shape[2] * value.shape[3], generator=samples.generator(7))
-    direction = direction.to(value)
+    direction = direction.to(inputs[0])
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(attention(*inputs), inputs, direction)
+        return torch.autograd.grad(forward(*inputs), inputs, direction)
 
     def compared() -> dict[str, np.ndarray]:
         names = ("value_gradient", "location_gradient", "weight_gradient")
@@ -146,7 +173,9 @@ def attention_workload(case: Case, context: Context, attention: Callable[..., to
     return Workload(gradients, compared, (inputs, direction))
 
 
-def matching_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[list, torch.Tensor, dict[str, torch.Tensor]]:
+def matching_inputs(
+    options: Mapping[str, Any], device: torch.device
+) -> tuple[list, torch.Tensor, dict[str, torch.Tensor]]:
     """Class logits and mask embeddings of each prediction, features ``[1, C, h, w]``, and the targets of one image.
 
     Every query has learned some target, with noise that is less in later predictions.
@@ -189,7 +218,9 @@ class _FixedHead(nn.Module):
         return self.predictions
 
 
-def postprocess_inputs(options: Mapping[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def postprocess_inputs(
+    options: Mapping[str, Any], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Class logits ``[Q, K+1]``, mask embeddings ``[Q, C]`` and features ``[C, h, w]`` at stride 4."""
     height, width = options["image"]
     embed, features = samples.mask_factors(options["queries"], (height // 4, width // 4))
@@ -202,7 +233,9 @@ def postprocess_things(options: Mapping[str, Any]) -> int:
     return options["classes"] * 80 // 133
 
 
-def postprocess_model(case: Case, build: Callable[..., nn.Module], predictions: Mapping[str, Any], **more: Any) -> nn.Module:
+def postprocess_model(
+    case: Case, build: Callable[..., nn.Module], predictions: Mapping[str, Any], **more: Any
+) -> nn.Module:
     """A meta architecture of either project around fixed predictions."""
     options = case.options
     things = {number: number for number in range(postprocess_things(options))}
@@ -253,7 +286,7 @@ def generated_dataset(options: Mapping[str, Any], context: Context) -> Path:
 
 
 def loading_workload(options: Mapping[str, Any], context: Context, mapper: Callable[[dict], dict]) -> Workload:
-    """One pass of a mapper over the training images of the synthetic dataset, with the same random numbers each time."""
+    """One pass of a mapper over the synthetic training images, with the same random numbers each time."""
     root = generated_dataset(options, context)
     content = json.loads((root / "annotations" / "panoptic_train.json").read_text())
     classes = {category["id"]: index for index, category in enumerate(content["categories"])}

@@ -36,12 +36,18 @@ def _model(options: Mapping[str, Any], context: Context) -> nn.Module:
         except ValueError as error:
             raise NotOffered(str(error)) from error
         save_pretrained(common.load_model(cfg, options, context), cfg, folder)
-    name = "Mask2FormerForUniversalSegmentation" if options["family"] == "mask2former" else "MaskFormerForInstanceSegmentation"
+    name = (
+        "Mask2FormerForUniversalSegmentation"
+        if options["family"] == "mask2former"
+        else "MaskFormerForInstanceSegmentation"
+    )
     return getattr(transformers, name).from_pretrained(folder).to(context.device).eval()
 
 
 def _processor(family: str) -> Any:
-    return transformers.Mask2FormerImageProcessor() if family == "mask2former" else transformers.MaskFormerImageProcessor()
+    return (
+        transformers.Mask2FormerImageProcessor() if family == "mask2former" else transformers.MaskFormerImageProcessor()
+    )
 
 
 def _pixels(images: list[Tensor], cfg: Any, divisor: int, device: torch.device) -> Tensor:
@@ -144,7 +150,7 @@ def _attention(case: Case, context: Context) -> Workload:
         raise NotOffered("grid_sample takes one precision only")
     function = modeling_mask2former.multi_scale_deformable_attention
     shapes = [tuple(shape) for shape in case.options["shapes"]]
-    return common.attention_workload(case, context, lambda v, l, w: function(v, shapes, l, w))
+    return common.attention_workload(case, context, lambda value, *samples: function(value, shapes, *samples))
 
 
 def _matching(case: Case, context: Context) -> Workload:
@@ -177,7 +183,9 @@ def _postprocess(case: Case, context: Context) -> Workload:
     if options["task"] == "semantic" and not options["light"]:
         raise NotOffered("scores are made only on the way to a label map")
     classes, embed, features = common.postprocess_inputs(options, context.device)
-    found = SimpleNamespace(class_queries_logits=classes[None], masks_queries_logits=torch.einsum("qc,chw->qhw", embed, features)[None])
+    found = SimpleNamespace(
+        class_queries_logits=classes[None], masks_queries_logits=torch.einsum("qc,chw->qhw", embed, features)[None]
+    )
     processor, size = _processor("mask2former"), [tuple(options["size"])]
     stuff = set(range(common.postprocess_things(options), options["classes"]))
 
@@ -202,7 +210,9 @@ def _postprocess(case: Case, context: Context) -> Workload:
         if options["task"] == "semantic":
             return {"other_semantic_labels": outputs.array(result)}
         segments = result["segments_info"]
-        workload.facts[options["task"] if options["task"] == "instances" else "segments"] = len({s["id"] for s in segments})
+        workload.facts[options["task"] if options["task"] == "instances" else "segments"] = len(
+            {s["id"] for s in segments}
+        )
         if options["task"] == "panoptic":
             return {"other_panoptic_classes": outputs.panoptic_classes(result["segmentation"], segments, "label_id")}
         scores = torch.tensor([s["score"] for s in segments])

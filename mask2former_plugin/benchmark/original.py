@@ -61,7 +61,7 @@ def _stand_in(name: str, **content: Any) -> None:
 
 
 def import_project(checkout: Path) -> SimpleNamespace:
-    """The modules of a checkout: ``package``, ``train_net``, ``matcher``, ``model`` and, of Mask2Former, ``attention``."""
+    """The modules of a checkout: ``package``, ``train_net``, ``matcher``, ``model``."""
     family = family_of(checkout)
     _stand_in("MultiScaleDeformableAttention")
     if importlib.util.find_spec("timm") is None:
@@ -154,7 +154,7 @@ def _training(case: Case, context: Context) -> Workload:
 def _attention(case: Case, context: Context) -> Workload:
     function = _project(context).attention.ms_deform_attn_core_pytorch
     shapes = torch.tensor(case.options["shapes"], dtype=torch.int64)
-    return common.attention_workload(case, context, lambda v, l, w: function(v, shapes, l, w))
+    return common.attention_workload(case, context, lambda value, *samples: function(value, shapes, *samples))
 
 
 def _matching(case: Case, context: Context) -> Workload:

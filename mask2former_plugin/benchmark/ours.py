@@ -25,7 +25,7 @@ from mask2former_plugin.evaluation import build_evaluator
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.matcher import HungarianMatcher
 from mask2former_plugin.modeling.meta_arch import MaskFormer
-from mask2former_plugin.modeling.ops import ms_deform_attn, ms_deform_attn_reference
+from mask2former_plugin.modeling.ops import ms_deform_attn, ms_deform_attn_from_logits, ms_deform_attn_reference
 from mask2former_plugin.modeling.optimization import optimize_for_inference
 from mask2former_plugin.solver import build_optimizer
 
@@ -96,9 +96,17 @@ def _training(case: Case, context: Context) -> Workload:
 def _attention(case: Case, context: Context) -> Workload:
     if context.side.compiled:
         raise NotOffered("the operator chooses its own implementation")
-    function = ms_deform_attn_reference if context.side.implementation == "reference" else ms_deform_attn
     shapes = case.options["shapes"]
-    return common.attention_workload(case, context, lambda v, l, w: function(v, shapes, l, w))
+    if context.side.implementation == "reference":
+        return common.attention_workload(
+            case, context, lambda value, *samples: ms_deform_attn_reference(value, shapes, *samples)
+        )
+    return common.attention_workload(
+        case,
+        context,
+        lambda value, *samples: ms_deform_attn(value, shapes, *samples),
+        lambda value, *layer: ms_deform_attn_from_logits(value, shapes, *layer),
+    )
 
 
 def _matching(case: Case, context: Context) -> Workload:
@@ -124,7 +132,9 @@ def _postprocess(case: Case, context: Context) -> Workload:
     classes, embed, features = common.postprocess_inputs(case.options, context.device)
     predictions = MaskPrediction(pred_logits=classes[None], mask_logits=MaskLogits(embed[None], features[None]))
     light = case.options["light"]
-    model = common.postprocess_model(case, MaskFormer, predictions, semantic_label_map=light, instance_run_lengths=light)
+    model = common.postprocess_model(
+        case, MaskFormer, predictions, semantic_label_map=light, instance_run_lengths=light
+    )
     return common.postprocess_workload(case, context, model, (classes, embed, features))
 
 

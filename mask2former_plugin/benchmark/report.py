@@ -40,6 +40,7 @@ def new_results(settings: Settings) -> dict[str, Any]:
             "seconds": settings.seconds,
             "threads": settings.threads,
             "device": settings.device,
+            "keep_freed_memory": settings.keep_freed_memory,
             "quick": settings.quick,
         },
         "rates": {},
@@ -108,20 +109,22 @@ def _heading(results: Mapping[str, Any]) -> str:
     machine, settings, rates = results["machine"], results["settings"], results["rates"]
     place = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = [
-        f"{results['date'][:10]}, {place}, {machine['memory'] / 2**30:.0f} GiB, {settings['threads']} threads, {versions}.",
-    ]
+    memory = f"{machine['memory'] / 2**30:.0f} GiB"
+    lines = [f"{results['date'][:10]}, {place}, {memory}, {settings['threads']} threads, {versions}."]
+    if settings["device"] == "cpu":
+        lines[0] += f" Freed memory is kept by: {settings['keep_freed_memory']}."
     if settings["quick"]:
         lines.append("**Trial run with small models and sizes: these numbers say nothing.**")
     if rates:
         speeds = [f"{precision} {operation_rate(rates, precision) / 1e9:.0f}" for precision in ("float32", "bfloat16")]
         lines.append(
-            f"The machine reaches in plain products {' and '.join(speeds)} GFLOP/s, in a copy {rates['copy'] / 1e9:.0f} GB/s."
+            f"The machine reaches in plain products {' and '.join(speeds)} GFLOP/s, "
+            f"in a copy {rates['copy'] / 1e9:.0f} GB/s."
         )
     lines.append(
-        "Times are medians. Memory is the peak on top of weights and inputs. \"against\": how many times as fast as the "
-        "other, and how many times its memory. \"limit\": what our float32 side's operations and the bytes of inputs, "
-        "weights and results take at these rates; \"× limit\": the time in parts of it."
+        'Times are medians. Memory is the peak on top of weights and inputs. "against": how many times as fast as the '
+        'other, and how many times its memory. "limit": what our float32 side\'s operations and the bytes of inputs, '
+        'weights and results take at these rates; "× limit": the time in parts of it.'
     )
     return "\n\n".join(lines)
 

@@ -23,6 +23,7 @@ from mask2former_plugin.benchmark.workload import SIDES, Side
 _START = Path(__file__).with_name("start_worker.py")
 _MODEL_KINDS = ("inference", "training")
 _LEAST_ROUNDS = 2
+KEEPERS = ("ours", "all", "none")
 _STDERR_LINES = 20  # of a crashed worker, in the message
 _ERROR_LENGTH = 500
 
@@ -41,6 +42,7 @@ class Settings:
         quick: small sizes and models.
         configs: folder of our configs.
         originals: family to checkout of the original.
+        keep_freed_memory: which workers on a CPU keep it: "ours", "all" or "none".
         timeout: seconds after which a worker that does not answer is ended.
     """
 
@@ -52,6 +54,7 @@ class Settings:
     quick: bool
     configs: Path
     originals: Mapping[str, Path]
+    keep_freed_memory: str = "ours"
     timeout: float = 1800.0
 
 
@@ -77,6 +80,8 @@ class WorkerProcess:
         arguments = {
             "side": side.name,
             "bare": side.implementation == "original",
+            "keep_freed_memory": settings.device == "cpu"
+            and settings.keep_freed_memory in ("all", side.implementation),
             "threads": settings.threads,
             "device": settings.device,
             "quick": settings.quick,
@@ -214,7 +219,9 @@ class Runner:
     def _watch(self, case: Case, entry: dict[str, Any]) -> _Watch:
         return _Watch(case, entry, self._report)
 
-    def _agreeing(self, case: Case, entries: dict[str, dict], workers: Mapping[str, WorkerProcess]) -> dict[str, WorkerProcess]:
+    def _agreeing(
+        self, case: Case, entries: dict[str, dict], workers: Mapping[str, WorkerProcess]
+    ) -> dict[str, WorkerProcess]:
         """The sides that compute what the first one does."""
         expected: dict[str, np.ndarray] | None = None
         agreeing = {}
@@ -257,7 +264,9 @@ class Runner:
                 spread = {"median": statistics.median(values), "least": min(values), "most": max(values)}
                 entries[name].update(times=values, **spread, **worker.ask("memory"))
 
-    def _limit(self, case: Case, entries: dict[str, dict], workers: Mapping[str, WorkerProcess]) -> dict[str, float] | None:
+    def _limit(
+        self, case: Case, entries: dict[str, dict], workers: Mapping[str, WorkerProcess]
+    ) -> dict[str, float] | None:
         """Operations and bytes of our float32 side; case kinds without tensors have none."""
         if "ours" not in workers or case.kind in ("loading", "evaluation"):
             return None

@@ -1,4 +1,4 @@
-"""Inputs that all sides share: images, targets, predictions, and random weights whose results look like those of a trained model."""
+"""Inputs that all sides share: images, targets, predictions, and random weights with results like a trained model's."""
 
 from __future__ import annotations
 

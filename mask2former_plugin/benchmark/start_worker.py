@@ -1,4 +1,4 @@
-"""Starts a worker; a plain script, because the process of the original must not hold our registered classes and datasets.
+"""Starts a worker; a plain script, because the process of the original must not hold what we register.
 
 Both register the same names. So there the package is a bare module with a path: its modules can be imported, its
 ``__init__``, which registers everything, does not run.

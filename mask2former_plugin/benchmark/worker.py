@@ -21,7 +21,6 @@ from mask2former_plugin.benchmark.cases import CASES, Case
 from mask2former_plugin.benchmark.measure import Meter, is_out_of_memory, limit_memory, release_memory
 from mask2former_plugin.benchmark.workload import SIDES, Context, NotOffered, Workload, number_of_bytes
 from mask2former_plugin.memory import keep_freed_memory
-from mask2former_plugin.memory import keep_freed_memory
 
 _MODULES = {"ours": "ours", "reference": "ours", "transformers": "huggingface", "original": "original"}
 _SECONDS_PER_TIMING = 0.2  # short runs are repeated until a timing takes so long
@@ -43,8 +42,6 @@ class Worker:
             scratch=Path(settings["scratch"]),
             original=Path(settings["original"]) if settings["original"] else None,
         )
-        if device.type == "cpu" and self.context.side.implementation == "ours":
-            keep_freed_memory()  # as the tools and the predictor do by default
         self.quick = settings["quick"]
         self.meter = Meter(device)
         self.workload: Workload | None = None
