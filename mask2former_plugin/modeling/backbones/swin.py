@@ -102,7 +102,8 @@ class WindowAttention(nn.Module):
             ``[N, window², C]``.
         """
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        bias = bias.unsqueeze(0)  # [1, heads, window², window²]; the fused attention of CPUs wants four dimensions
+        # [1, heads, window², window²]; the fused attention of CPUs wants four dimensions without gaps
+        bias = bias.unsqueeze(0).contiguous()
         qkv = (
             self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )  # [3, N, heads, window², d]
