@@ -117,6 +117,8 @@ def _add_mask_former_keys(cfg: CfgNode) -> None:
                 "INSTANCE_THINGS_FIRST": False,  # True: top-k among thing classes; published: top-k first, then drop stuff
                 "SEMANTIC_LABEL_MAP": False,  # True: sem_seg is the map of the best classes, never scores of all of them
                 "INSTANCE_RUN_LENGTHS": False,  # True: instances have pred_masks_rle (COCO) instead of dense pred_masks
+                # larger images are inferred in windows; sizes in pixels of the network's input, see docs/large_images.md
+                "WINDOW": {"ENABLED": False, "SIZE": [1024, 1024], "OVERLAP": 256},
             },
         }
     )

@@ -34,6 +34,7 @@ from mask2former_plugin.evaluation import build_evaluator, light_outputs
 from mask2former_plugin.memory import keep_freed_memory
 from mask2former_plugin.modeling.optimization import PRECISIONS as INFERENCE_PRECISIONS
 from mask2former_plugin.modeling.optimization import optimize_for_inference
+from mask2former_plugin.modeling.inference.windows import WindowOptions
 from mask2former_plugin.modeling.transformer_decoders import TRANSFORMER_DECODER_REGISTRY
 from mask2former_plugin.solver import build_optimizer
 from mask2former_plugin.test_time_augmentation import build_model_with_TTA
@@ -251,6 +252,7 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     check_num_classes(cfg)
     _check_device(cfg.MODEL.DEVICE)
     _check_names(cfg, training)
+    WindowOptions.from_config(cfg)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
     _check_inference(cfg.MODEL.INFERENCE)

@@ -133,6 +133,11 @@ class MaskClassificationWithTTA(WithTTA):
     """
 
     def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
+        if self.model.windows is not None:
+            raise ValueError(
+                "test-time augmentation of instances and panoptic segments does not work in windows: set "
+                "TEST.AUG.ENABLED or MODEL.MASK_FORMER.TEST.WINDOW.ENABLED to False"
+            )
         size = (x["height"], x["width"])
         passes = [self._pass(*copy) for copy in zip(*self._copies(x))]
         result = {}

@@ -18,9 +18,19 @@ from mask2former_plugin.modeling.inference import (
     InstanceTask,
     PanopticTask,
     SemanticTask,
+    Task,
     needed_queries,
     run_tasks,
 )
+from mask2former_plugin.modeling.inference.upsampling import Window
+from mask2former_plugin.modeling.inference.window_results import (
+    InstanceWindows,
+    PanopticWindows,
+    SemanticWindows,
+    WindowResult,
+    infer_in_windows,
+)
+from mask2former_plugin.modeling.inference.windows import WindowOptions, window_grid
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.matcher import HungarianMatcher
 from mask2former_plugin.modeling.recomputation import recompute_activations
@@ -54,6 +64,7 @@ class MaskFormer(nn.Module):
             be instances.
         semantic_label_map: ``sem_seg`` is a :class:`LabelMap`; scores of the whole image never exist.
         instance_run_lengths: ``instances`` have ``pred_masks_rle`` instead of ``pred_masks``; dense masks never exist.
+        windows: images that are larger are inferred in windows; None: as a whole.
     """
 
     @configurable
@@ -79,6 +90,7 @@ class MaskFormer(nn.Module):
         instance_things_first: bool = False,
         semantic_label_map: bool = False,
         instance_run_lengths: bool = False,
+        windows: WindowOptions | None = None,
     ) -> None:
         super().__init__()
         if not (semantic_on or panoptic_on or instance_on):
@@ -106,6 +118,7 @@ class MaskFormer(nn.Module):
         self.instance_things_first = instance_things_first
         self.semantic_label_map = semantic_label_map
         self.instance_run_lengths = instance_run_lengths
+        self.windows = windows
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -136,6 +149,7 @@ class MaskFormer(nn.Module):
             "instance_things_first": options.TEST.INSTANCE_THINGS_FIRST,
             "semantic_label_map": options.TEST.SEMANTIC_LABEL_MAP,
             "instance_run_lengths": options.TEST.INSTANCE_RUN_LENGTHS,
+            "windows": WindowOptions.from_config(cfg),
         }
 
     @property
@@ -163,6 +177,8 @@ class MaskFormer(nn.Module):
         Raises:
             ValueError: no or inconsistent ground truth in training; the file is named.
         """
+        if not self.training and self.windows is not None:
+            return [self._infer_large(x) for x in batched_inputs]
         targets = self.prepare_targets(batched_inputs) if self.training else None
         images = self.preprocess(batched_inputs)
         padded_size = tuple(images.tensor.shape[-2:])
@@ -217,16 +233,57 @@ class MaskFormer(nn.Module):
         image_masks = ImageMasks(logits, padded_size, image_size, output_size if resize_masks else image_size)
         return run_tasks(tasks, queries, image_masks)
 
+    @torch.no_grad()
+    def _infer_large(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Results of one image, in windows if it is larger than one."""
+        image = inputs["image"]
+        image_size = tuple(image.shape[-2:])
+        output_size = (inputs.get("height") or image_size[0], inputs.get("width") or image_size[1])
+        grid = window_grid(image_size, output_size, self.windows)
+        if len(grid) == len(grid[0]) == 1:
+            class_logits, masks, padded_size = self._predict(image)
+            return self._infer(0, class_logits, masks, padded_size, image_size, output_size)
+
+        def predict(window: Window) -> tuple[list[Task], Tensor, ImageMasks]:
+            part = image[:, slice(*window.rows), slice(*window.columns)]
+            class_logits, masks, padded_size = self._predict(part)
+            corner = window.output_rows[0], window.output_columns[0]
+            tasks = self.inference_tasks(class_logits, window.output_size, canvas=(output_size, corner))
+            queries = needed_queries(tasks)
+            logits = masks.select(torch.zeros(len(queries), dtype=torch.int64), queries)
+            return tasks, queries, ImageMasks(logits, padded_size, image_size, output_size, window)
+
+        results: list[WindowResult] = []
+        if self.semantic_on:
+            results.append(SemanticWindows(output_size, label_map=self.semantic_label_map))
+        if self.panoptic_on:
+            results.append(PanopticWindows(output_size, self.device))
+        if self.instance_on:
+            encoded, top_k = self.instance_run_lengths, self.test_topk_per_image
+            results.append(InstanceWindows(output_size, top_k=top_k, encoded=encoded, device=self.device))
+        return infer_in_windows(grid, predict, results)
+
+    def _predict(self, image: Tensor) -> tuple[Tensor, MaskLogits, tuple[int, int]]:
+        """Class logits ``[Q, K+1]``, mask logits and padded size of one image or window."""
+        images = self.preprocess([{"image": image}])
+        outputs = self.sem_seg_head(self.backbone(images.tensor))
+        return outputs["pred_logits"][0], mask_logits_of(outputs), tuple(images.tensor.shape[-2:])
+
     def inference_tasks(
-        self, class_logits: Tensor, size: tuple[int, int]
-    ) -> list[SemanticTask | PanopticTask | InstanceTask]:
-        """The tasks that are on, for one image.
+        self,
+        class_logits: Tensor,
+        size: tuple[int, int],
+        canvas: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    ) -> list[Task]:
+        """The tasks that are on, for one image: semantic, panoptic, instance.
 
         Args:
             class_logits: ``[Q, K+1]``.
             size: height and width of the results.
+            canvas: of a window, height and width of the whole result and the corner of the window in it; instances
+                are run lengths of that size.
         """
-        tasks = []
+        tasks: list[Task] = []
         if self.semantic_on:
             tasks.append(SemanticTask(class_logits, size, label_map=self.semantic_label_map))
         things = self._thing_classes() if self.panoptic_on else None
@@ -249,7 +306,8 @@ class MaskFormer(nn.Module):
                     top_k=self.test_topk_per_image,
                     thing_classes=things,
                     things_first=self.instance_things_first,
-                    encoded=self.instance_run_lengths,
+                    encoded=self.instance_run_lengths or canvas is not None,
+                    canvas=canvas,
                 )
             )
         return tasks

@@ -98,7 +98,9 @@ def make_model(head, metadata, **options):
 @pytest.fixture
 def scene(tmp_path, monkeypatch):
     """Config with all evaluators on, name of its dataset, and a loader of its images."""
-    generate(tmp_path / "quickstart", SyntheticOptions(train_images=1, val_images=5, height=48, width=64), progress=False)
+    generate(
+        tmp_path / "quickstart", SyntheticOptions(train_images=1, val_images=5, height=48, width=64), progress=False
+    )
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     opts = ["OUTPUT_DIR", str(tmp_path), "TEST.BOUNDARY", "True", "TEST.SEMANTIC_PQ", "True", "MODEL.DEVICE", "cpu"]
     cfg = load_config(CONFIG, opts)
@@ -107,7 +109,9 @@ def scene(tmp_path, monkeypatch):
     loader = []
     for i, record in enumerate(DatasetCatalog.get(name)):
         names = {key: record[key] for key in ("file_name", "image_id")}
-        loader.append([{"image": torch.full((3, *SIZE), i, dtype=torch.uint8), "height": SIZE[0], "width": SIZE[1], **names}])
+        loader.append(
+            [{"image": torch.full((3, *SIZE), i, dtype=torch.uint8), "height": SIZE[0], "width": SIZE[1], **names}]
+        )
     yield cfg, name, loader
     for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}:
         DatasetCatalog.remove(name)
@@ -248,7 +252,9 @@ def test_pictures_are_the_same(scene):
     for model.instance_run_lengths in (False, True):
         output = model(loader[0])[0]
         np.random.seed(0)  # upstream draws random colours
-        pictures.append(draw_prediction(image, {"instances": output["instances"]}, MetadataCatalog.get(name), min_score=0.2))
+        pictures.append(
+            draw_prediction(image, {"instances": output["instances"]}, MetadataCatalog.get(name), min_score=0.2)
+        )
     assert np.array_equal(*pictures) and not np.array_equal(pictures[0], image)
 
 
@@ -283,7 +289,13 @@ def test_run_lengths_are_indexed_like_masks():
     codes = encode_changes(changes, (5, 7))
     assert torch.equal(codes.dense(), masks)
     instances = Instances((5, 7), pred_masks_rle=codes, scores=torch.rand(4))
-    for chosen in (torch.tensor([2, 0]), [2, 0], np.array([2, 0]), slice(1, 3), torch.tensor([True, False, False, True])):
+    for chosen in (
+        torch.tensor([2, 0]),
+        [2, 0],
+        np.array([2, 0]),
+        slice(1, 3),
+        torch.tensor([True, False, False, True]),
+    ):
         assert torch.equal(instances[chosen].pred_masks_rle.dense(), masks[chosen])
         assert type(instances[chosen].pred_masks_rle) is RunLengths
     assert instances[1].pred_masks_rle == [codes[1]]

@@ -29,6 +29,7 @@ class InstanceTask:
             (published).
         mask_threshold: a mask is where the mask probability is above it.
         encoded: give COCO's run lengths, never dense masks.
+        canvas: height and width of the masks in run lengths, and the corner of the result in them.
     """
 
     name = "instances"
@@ -43,6 +44,7 @@ class InstanceTask:
         things_first: bool = False,
         mask_threshold: float = 0.5,
         encoded: bool = False,
+        canvas: tuple[tuple[int, int], tuple[int, int]] | None = None,
     ) -> None:
         probability = class_probabilities(class_logits)[:, :-1]
         classes = torch.arange(probability.shape[1], device=probability.device)
@@ -65,6 +67,7 @@ class InstanceTask:
         self._scores, self._classes = scores[order], classes[pairs[order] % number]
         self._size = tuple(size)
         self._encoded = encoded
+        self._canvas = canvas or (self._size, (0, 0))
         self._threshold = torch.tensor(mask_threshold, dtype=torch.float64).logit().item()
 
     def run(self, masks: ImageMasks) -> Instances:
@@ -79,7 +82,7 @@ class InstanceTask:
         """
         distinct, device, threshold = len(self.queries), masks.device, self._threshold
         if self._encoded:
-            kept: DenseMasks | RunLengthMasks = RunLengthMasks(self._size, device)
+            kept: DenseMasks | RunLengthMasks = RunLengthMasks(self._canvas[0], device, self._canvas[1])
         else:
             kept = DenseMasks(len(self._sources), self._size, device)
         area, inside = torch.zeros((2, distinct), dtype=torch.float64, device=device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mask2former_plugin.modeling.inference.light_outputs import RunLengths, encode_changes
+from mask2former_plugin.modeling.inference.light_outputs import RunLengths, encode_changes, without_pairs
 from mask2former_plugin.modeling.inference.upsampling import Buffers, Range
 
 
@@ -60,12 +60,14 @@ class RunLengthMasks:
     Args:
         size: height and width.
         device: where tiles come from.
+        corner: where row 0 and column 0 of the tiles lie in the masks.
     """
 
     field = "pred_masks_rle"
 
-    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, size: tuple[int, int], device: torch.device, corner: tuple[int, int] = (0, 0)) -> None:
         self._size = size
+        self._corner = corner
         self._pixels = size[0] * size[1]
         self._buffers = Buffers(device)
         self._changes: list[np.ndarray] = []
@@ -83,7 +85,8 @@ class RunLengthMasks:
         y, x = np.divmod(place, width)
         # a run may end behind the last pixel, so a mask has one place more than pixels
         start = positions.cpu().numpy()[mask] * (self._pixels + 1)
-        self._changes.append(start + (x + columns[0]) * self._size[0] + y + rows[0])
+        y, x = y + (rows[0] + self._corner[0]), x + (columns[0] + self._corner[1])
+        self._changes.append(start + x * self._size[0] + y)
 
     def result(self, sources: Sequence[int], boxes: Tensor) -> RunLengths:
         """Run lengths of the masks.
@@ -92,12 +95,7 @@ class RunLengthMasks:
             sources: of each mask, the position of the one that it repeats.
             boxes: around the masks that came in tiles, int64 ``[n, 4]``; only their number counts.
         """
-        changes = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self._changes]))
-        same = changes[1:] == changes[:-1]
-        alone = np.ones(len(changes), dtype=bool)
-        alone[1:] &= ~same
-        alone[:-1] &= ~same
-        changes = changes[alone]
+        changes = without_pairs(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self._changes])))
         starts = np.arange(len(boxes) + 1) * (self._pixels + 1)
         bounds = np.searchsorted(changes, starts)
         distinct = encode_changes([changes[i:j] - s for s, i, j in zip(starts, bounds, bounds[1:])], self._size)

@@ -54,6 +54,15 @@ class RunLengths(list):
         return torch.from_numpy(pycocotools.mask.decode(list(self))).permute(2, 0, 1).bool()
 
 
+def without_pairs(places: np.ndarray) -> np.ndarray:
+    """Ascending places without those that come twice: where one run ends and the next begins there is no change."""
+    same = places[1:] == places[:-1]
+    alone = np.ones(len(places), dtype=bool)
+    alone[1:] &= ~same
+    alone[:-1] &= ~same
+    return places[alone]
+
+
 def encode_changes(changes: Sequence[np.ndarray], size: tuple[int, int]) -> RunLengths:
     """Run lengths from the places where masks begin and end.
 

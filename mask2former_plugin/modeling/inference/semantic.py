@@ -33,13 +33,16 @@ class SemanticTask:
         class_logits: ``[Q, K+1]``.
         size: height and width of the result. Masks of another size give scores of that size, which are then resized.
         label_map: give the class with the largest score, never scores of the whole image.
+
+    Attributes:
+        weights: class probabilities ``[K, Q]``.
     """
 
     name = "sem_seg"
 
     def __init__(self, class_logits: Tensor, size: tuple[int, int], *, label_map: bool = False) -> None:
         self.queries = torch.arange(class_logits.shape[0], device=class_logits.device)
-        self._weights = class_probabilities(class_logits)[:, :-1].T.contiguous()
+        self.weights = class_probabilities(class_logits)[:, :-1].T.contiguous()
         self._size = tuple(size)
         self._label_map = label_map
 
@@ -59,11 +62,11 @@ class SemanticTask:
             result = torch.empty(self._size, dtype=torch.int64, device=device)
             candidates = self._candidates(masks, *([source for source, _ in axis] for axis in sources))
         else:
-            result = self._weights.new_empty((len(self._weights), *self._size))
+            result = self.weights.new_empty((len(self.weights), *self._size))
         buffers = Buffers(device)
         for t, (rows, columns) in enumerate(tiles):
             target = result[..., slice(*rows), slice(*columns)]
-            weights = self._weights
+            weights = self.weights
             if self._label_map:
                 classes = candidates[:, t].nonzero()[:, 0].to(device)
                 if len(classes) == 1:
@@ -84,5 +87,5 @@ class SemanticTask:
     def _candidates(self, masks: ImageMasks, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> Tensor:
         """Which classes may be the largest anywhere in a tile, bool ``[K, tiles]`` on the CPU."""
         low, high = (bound.sigmoid() for bound in masks.bounds(row_ranges, column_ranges))
-        weights = self._weights.cpu()
+        weights = self.weights.cpu()
         return ~(weights @ high < (weights @ low).amax(0) * (1 - _ROUNDING))

@@ -72,6 +72,31 @@ class Tiles:
         return ((rows, columns) for rows in self.rows for columns in self.columns)
 
 
+@dataclass(frozen=True)
+class Window:
+    """A part of an image and the part of the result that belongs to it.
+
+    Attributes:
+        rows, columns: ranges in the image as the network gets it.
+        output_rows, output_columns: ranges in the result.
+    """
+
+    rows: Range
+    columns: Range
+    output_rows: Range
+    output_columns: Range
+
+    @property
+    def axes(self) -> tuple[tuple[Range, Range], tuple[Range, Range]]:
+        """Vertically and horizontally, the range in the image and the one in the result."""
+        return (self.rows, self.output_rows), (self.columns, self.output_columns)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of its part of the result."""
+        return self.output_rows[1] - self.output_rows[0], self.output_columns[1] - self.output_columns[0]
+
+
 def _ranges(length: int, step: int) -> list[Range]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -82,10 +107,21 @@ class AxisResize:
     Args:
         steps: source and target length of each step. A source that is shorter than the target before it crops that.
         dtype: of the maps.
+        window: of the source and of the target of the last step only these ranges are there; the source goes on with
+            its last values.
     """
 
-    def __init__(self, steps: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        steps: Sequence[tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        window: tuple[Range, Range] | None = None,
+    ) -> None:
         self._steps = [_positions(source, target, dtype) for source, target in steps]
+        if window is not None:
+            (start, stop), target = window
+            lower, upper, weight = (part[slice(*target)] for part in self._steps[-1])
+            self._steps[-1] = (lower.clamp(start, stop - 1) - start, upper.clamp(start, stop - 1) - start, weight)
         self._dtype = dtype
         self._weights: dict[tuple[Range, torch.device], tuple[Range, Tensor]] = {}
 
@@ -146,6 +182,7 @@ class ImageMasks:
         padded_size: height and width of the padded input batch.
         image_size: height and width of the image inside it.
         output_size: height and width of the result; by default ``image_size``.
+        window: the logits are of this part of the image only; then so is the result.
     """
 
     def __init__(
@@ -154,13 +191,18 @@ class ImageMasks:
         padded_size: tuple[int, int],
         image_size: tuple[int, int],
         output_size: tuple[int, int] | None = None,
+        window: Window | None = None,
     ) -> None:
         self.logits = logits if logits.dtype == torch.float64 else logits.float()
-        self.size = tuple(output_size or image_size)
-        lengths = zip(logits.shape[-2:], padded_size, image_size, self.size)
+        output_size = output_size or image_size
+        windows = window.axes if window is not None else (None, None)
         self._rows, self._columns = (
-            AxisResize([(grid, padded), (image, output)], self.logits.dtype) for grid, padded, image, output in lengths
+            AxisResize([(grid, padded), (image, output)], self.logits.dtype, part)
+            for grid, padded, image, output, part in zip(
+                logits.shape[-2:], padded_size, image_size, output_size, windows
+            )
         )
+        self.size = tuple(output_size) if window is None else window.output_size
 
     @property
     def device(self) -> torch.device:
