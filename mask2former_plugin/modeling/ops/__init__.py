@@ -32,13 +32,13 @@ def _exporting() -> bool:
 
 
 @functools.cache
-def _load_triton(device: torch.device) -> ModuleType | None:
-    """The Triton implementation if it can serve a CUDA device; if not, the log says once why."""
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton can serve a CUDA device; if not, the log says once why."""
     try:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 7:
             raise ImportError(f"the GPU has compute capability {major}.{minor}, Triton needs 7.0")
-        return importlib.import_module("mask2former_plugin.modeling.ops.triton")
+        importlib.import_module("mask2former_plugin.modeling.ops.triton")
     except ImportError as error:
         logger.info(
             "deformable attention on %s samples with grid_sample, which is slower and takes more memory, since Triton "
@@ -47,17 +47,22 @@ def _load_triton(device: torch.device) -> ModuleType | None:
             device,
             error,
         )
-        return None
+        return False
+    return True
 
 
 @torch.compiler.assume_constant_result
-def _triton(device: torch.device) -> ModuleType | None:
-    return _load_triton(device)
+def _uses_triton(device: torch.device) -> bool:
+    return _has_triton(device)
 
 
 def _triton_for(device: torch.device) -> ModuleType | None:
-    traced = torch.jit.is_tracing() or _exporting()
-    return _triton(device) if device.type == TRITON_DEVICE_TYPE and not traced else None
+    if device.type != TRITON_DEVICE_TYPE or torch.jit.is_tracing() or _exporting() or not _uses_triton(device):
+        return None
+    # found by the compiler, too, which cannot keep a module that a function gives
+    from mask2former_plugin.modeling.ops import triton
+
+    return triton
 
 
 def implementation_for(device: torch.device) -> Implementation:

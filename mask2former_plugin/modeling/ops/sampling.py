@@ -21,14 +21,6 @@ def _level_sizes(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.dev
     return torch.cat(numbers).unflatten(0, (-1, 2))
 
 
-def softmax_of_few(logits: Tensor) -> Tensor:
-    """Softmax over a short last dimension; PyTorch's own works row by row on CPUs, which is slow for short rows."""
-    if logits.device.type != "cpu" or traced():
-        return logits.softmax(-1)
-    shares = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-    return shares / shares.sum(-1, keepdim=True)
-
-
 def locations_and_weights(
     spatial_shapes: Sequence[tuple[int, int]], points: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -42,11 +34,6 @@ def locations_and_weights(
     Returns:
         locations ``[B, T, M, L, P, 2]`` and attention weights ``[B, T, M, L, P]`` in the dtype of ``points``.
     """
-    samples = tuple(logits.shape[2:])
-    offsets = offsets.to(points.dtype).flatten(2)
-    # rows as long as those of the offsets: broadcasting over pairs and points costs more than the arithmetic
     sizes = _level_sizes(spatial_shapes, device=offsets.device, dtype=points.dtype)
-    sizes = sizes[:, None].expand(*samples, 2).flatten()
-    locations = torch.addcdiv(points.repeat(1, offsets.shape[2] // 2), offsets, sizes).unflatten(2, (*samples, 2))
-    weights = softmax_of_few(logits.to(points.dtype).flatten(3))
-    return locations, weights.unflatten(3, samples[1:])
+    locations = points[:, None, None, None] + offsets.to(points.dtype) / sizes[:, None]
+    return locations, logits.to(points.dtype).flatten(3).softmax(3).view_as(logits)

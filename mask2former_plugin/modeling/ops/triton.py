@@ -26,7 +26,7 @@ MAX_LEVELS = 8
 CHOICES = ((16, 2), (16, 4), (32, 4), (64, 8))
 # what differs from image to image must not compile another kernel
 NUMBERS = ["tokens", "queries", *(f"size{level}" for level in range(MAX_LEVELS))]
-PROBLEM = ["HEADS", "WIDTH", "LEVELS", "POINTS", "FUSED"]
+PROBLEM = ["HEADS", "WIDTH", "LEVELS", "POINTS", "PLACES_STRIDE", "WEIGHTS_STRIDE", "FUSED"]
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _height_and_width(level, size0, size1, size2, size3, size4, size5, size6, si
 
 @triton.jit
 def _queries(queries, HEADS: constexpr, BLOCK: constexpr):
-    """Image, head, queries, their bags (rows of places and weights) and which of them exist.
+    """Image, head, queries, their places among the queries of all images, and which of them exist.
 
     Heads vary fastest from program to program, since their places and weights are neighbours in memory.
     """
@@ -50,8 +50,7 @@ def _queries(queries, HEADS: constexpr, BLOCK: constexpr):
     query = program // HEADS % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = query < queries
     query = tl.minimum(query, queries - 1)  # beyond the end the last one is read again; nothing of it is stored
-    bag = (image.to(tl.int64) * queries + query) * HEADS + head
-    return image, head, query, bag, exists
+    return image, head, query, image.to(tl.int64) * queries + query, exists
 
 
 @triton.jit
@@ -64,7 +63,7 @@ def _cell(position, extent):
 
 @triton.jit
 def _place(places, sample, x, y, height, width, FUSED: constexpr, SUM: constexpr):
-    """Column and row of one sample of every query, share of the next column and of the next row."""
+    """Column and row of a sample of every query, share of the next column and of the next row."""
     across = tl.load(places + 2 * sample).to(SUM)
     down = tl.load(places + 2 * sample + 1).to(SUM)
     if FUSED:
@@ -97,11 +96,15 @@ def _forward_kernel(
     value, points, places, weights, output, logarithms,
     tokens, queries, size0, size1, size2, size3, size4, size5, size6, size7,
     HEADS: constexpr, WIDTH: constexpr, LEVELS: constexpr, POINTS: constexpr,
+    PLACES_STRIDE: constexpr, WEIGHTS_STRIDE: constexpr,
     FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     SAMPLES: constexpr = LEVELS * POINTS
     STRIDE: constexpr = HEADS * WIDTH
-    image, head, query, bag, exists = _queries(queries, HEADS, BLOCK)
+    image, head, query, token, exists = _queries(queries, HEADS, BLOCK)
+    places += token * PLACES_STRIDE + head * (2 * SAMPLES)
+    weights += token * WEIGHTS_STRIDE + head * SAMPLES
+    bag = token * HEADS + head
     channel = tl.arange(0, BLOCK_WIDTH)[None, :]
     value += image.to(tl.int64) * tokens * STRIDE + head * WIDTH
     x, y, peak = 0.0, 0.0, 0.0
@@ -109,15 +112,15 @@ def _forward_kernel(
     if FUSED:
         x = tl.load(points + 2 * query).to(SUM)
         y = tl.load(points + 2 * query + 1).to(SUM)
-        peak = tl.load(weights + bag * SAMPLES).to(SUM)
+        peak = tl.load(weights).to(SUM)
         for other in tl.static_range(1, SAMPLES):
-            peak = tl.maximum(peak, tl.load(weights + bag * SAMPLES + other).to(SUM))
+            peak = tl.maximum(peak, tl.load(weights + other).to(SUM))
     total = tl.zeros((BLOCK, BLOCK_WIDTH), dtype=SUM)
     start = 0
     for level in range(LEVELS):
         height, width = _height_and_width(level, size0, size1, size2, size3, size4, size5, size6, size7)
         for point in tl.static_range(POINTS):
-            sample = bag * SAMPLES + (level * POINTS + point)
+            sample = level * POINTS + point
             column, row, right, lower = _place(places, sample, x, y, height, width, FUSED, SUM)
             attention = tl.load(weights + sample).to(SUM)
             if FUSED:
@@ -142,12 +145,16 @@ def _backward_kernel(
     value, points, places, weights, output, logarithms, grad_output, grad_value, grad_places, grad_weights,
     tokens, queries, size0, size1, size2, size3, size4, size5, size6, size7,
     HEADS: constexpr, WIDTH: constexpr, LEVELS: constexpr, POINTS: constexpr,
+    PLACES_STRIDE: constexpr, WEIGHTS_STRIDE: constexpr,
     FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr, BLOCK: constexpr,
     BLOCK_SAMPLES: constexpr, VECTOR: constexpr, NEEDS_VALUE: constexpr,
 ):  # fmt: skip
     SAMPLES: constexpr = LEVELS * POINTS
     STRIDE: constexpr = HEADS * WIDTH
-    image, head, query, bag, exists = _queries(queries, HEADS, BLOCK)
+    image, head, query, token, exists = _queries(queries, HEADS, BLOCK)
+    places += token * PLACES_STRIDE + head * (2 * SAMPLES)
+    weights += token * WEIGHTS_STRIDE + head * SAMPLES
+    bag = token * HEADS + head
     channel = tl.arange(0, BLOCK_WIDTH)[None, :]
     own = tl.max_contiguous(bag[:, None] * WIDTH + channel, [1, VECTOR])
     existing = exists[:, None] & (channel < WIDTH)
@@ -171,8 +178,7 @@ def _backward_kernel(
     for level in range(LEVELS):
         height, width = _height_and_width(level, size0, size1, size2, size3, size4, size5, size6, size7)
         for point in tl.static_range(POINTS):
-            index = level * POINTS + point
-            sample = bag * SAMPLES + index
+            sample = level * POINTS + point
             column, row, right, lower = _place(places, sample, x, y, height, width, FUSED, SUM)
             attention = tl.load(weights + sample).to(SUM)
             if FUSED:
@@ -199,9 +205,9 @@ def _backward_kernel(
             else:
                 grad_across *= width
                 grad_down *= height
-            all_places = tl.where(place_index == 2 * index, grad_across[:, None], all_places)
-            all_places = tl.where(place_index == 2 * index + 1, grad_down[:, None], all_places)
-            all_weights = tl.where(weight_index == index, grad_attention[:, None], all_weights)
+            all_places = tl.where(place_index == 2 * sample, grad_across[:, None], all_places)
+            all_places = tl.where(place_index == 2 * sample + 1, grad_down[:, None], all_places)
+            all_weights = tl.where(weight_index == sample, grad_attention[:, None], all_weights)
         start += height * width
     grad_places += tl.max_contiguous(bag[:, None] * (2 * SAMPLES) + place_index, [1, 2])
     grad_weights += tl.max_contiguous(bag[:, None] * SAMPLES + weight_index, [1, 1])
@@ -225,7 +231,7 @@ def _launch(
     kernel: Any, inputs: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], fused: bool, **constants: Any
 ) -> None:
     """Runs a kernel over all queries; inputs are value, points, places and weights."""
-    value, _, _, weights = inputs
+    value, _, places, weights = inputs
     if any(x.device != value.device for x in inputs):
         raise ValueError(f"all inputs must be on one device, got {[str(x.device) for x in inputs]}")
     batch, tokens, heads, width = value.shape
@@ -247,6 +253,8 @@ def _launch(
             WIDTH=width,
             LEVELS=levels,
             POINTS=points,
+            PLACES_STRIDE=places.stride(1),
+            WEIGHTS_STRIDE=weights.stride(1),
             FUSED=fused,
             SUM=tl.float64 if _precision(inputs) == torch.float64 else tl.float32,
             BLOCK_WIDTH=triton.next_power_of_2(width),
@@ -258,9 +266,24 @@ def _precision(inputs: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
-def _contiguous(value: Tensor, points: Tensor | None, places: Tensor, weights: Tensor) -> list[Tensor]:
-    # a kernel that takes no points never reads them, but wants a tensor
-    return [x.contiguous() for x in (value, places if points is None else points, places, weights)]
+def _readable(value: Tensor, points: Tensor | None, places: Tensor, weights: Tensor) -> list[Tensor]:
+    """The inputs as the kernels read them. One that takes no points wants a tensor all the same."""
+    return [
+        value.contiguous(),
+        (places if points is None else points).contiguous(),
+        _with_rows_at_one_distance(places),
+        _with_rows_at_one_distance(weights),
+    ]
+
+
+def _with_rows_at_one_distance(x: Tensor) -> Tensor:
+    """``[B, T, …]`` copied, if need be, such that what belongs to a query is contiguous and lies at B·T even distances.
+
+    Parts of a product with several linear layers' weights need no copy.
+    """
+    inner = x[:1, :1].is_contiguous()
+    even = x.shape[1] > 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if inner and even else x.contiguous()
 
 
 _INPUTS = "Tensor value, SymInt[] sizes, Tensor? points, Tensor places, Tensor weights"
@@ -277,7 +300,7 @@ def _attention(
     Without points ``places`` are locations, ``weights`` are used as they are, and the logarithms are left uninitialized;
     with points they are offsets and logits.
     """
-    inputs = _contiguous(value, points, places, weights)
+    inputs = _readable(value, points, places, weights)
     output, logarithms = _empty_results(value, points, places, weights)
     if output.numel():
         _launch(_forward, inputs, [output, logarithms], sizes, points is not None)
@@ -320,9 +343,9 @@ def _attention_backward(
     """Gradients of value (empty if it is not needed), places and weights."""
     if needs_value:
         _alert_not_deterministic()
-    inputs = _contiguous(value, points, places, weights)
+    inputs = _readable(value, points, places, weights)
     grad_value = value.new_zeros(value.shape if needs_value else 0, dtype=_precision(inputs))
-    grad_places, grad_weights = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
+    grad_places, grad_weights = places.new_empty(places.shape), weights.new_empty(weights.shape)
     if output.numel():
         _launch(
             _backward,
