@@ -199,7 +199,7 @@ def _postprocess_cases() -> list[Case]:
 def _growth_cases() -> list[Case]:
     model = _model(COCO)
     cases = []
-    for side in (256, 512, 768, 1024, 1280):
+    for side in (256, 512, 768, 1024):
         title = f"inference, {side}x{side}"
         cases.append(
             _inference(f"growth/inference-pixels/{side}", title, (side, side), model, axis="pixels", value=side**2)

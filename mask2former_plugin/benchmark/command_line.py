@@ -55,9 +55,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=40.0,
+        default=30.0,
         metavar="S",
-        help="what the rounds of a case should take at most; at least two are made (default 40)",
+        help="what the rounds of a case should take at most; at least two are made, of curves one (default 30)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of each side (default: PyTorch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:<number>")

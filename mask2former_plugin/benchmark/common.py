@@ -90,13 +90,16 @@ def step(model: nn.Module, losses: Callable[[], Any], optimizer: torch.optim.Opt
     return run
 
 
-def training_outputs(model: nn.Module, losses: Callable[[], Any]) -> dict[str, np.ndarray]:
-    """Losses and gradients at points of a fixed seed; the gradients are thrown away."""
+def training_outputs(
+    model: nn.Module, losses: Callable[[], Any], optimizer: torch.optim.Optimizer
+) -> dict[str, np.ndarray]:
+    """Losses and gradients of a step at points of a fixed seed."""
     torch.manual_seed(0)
+    optimizer.zero_grad()
     found = losses()
     sum(found.values()).backward()
     result = outputs.of_training(found, model)
-    model.zero_grad()
+    optimizer.step()
     return result
 
 

@@ -81,27 +81,31 @@ def _inference(case: Case, context: Context) -> Workload:
     thresholds = {"threshold": test.OBJECT_MASK_THRESHOLD, "overlap_mask_area_threshold": test.OVERLAP_THRESHOLD}
     sizes = [tuple(options["size"])]
 
+    @torch.no_grad()
     def predict() -> Any:
         with context.autocast():
             return model(pixel_values=_pixels([image], cfg, _divisor(cfg), context.device))
 
+    @torch.no_grad()
+    def results(found: Any) -> dict[str, Any]:
+        made = {}
+        if test.SEMANTIC_ON:
+            made["semantic"] = processor.post_process_semantic_segmentation(found, target_sizes=sizes)
+        if test.PANOPTIC_ON:
+            made["panoptic"] = processor.post_process_panoptic_segmentation(
+                found, target_sizes=sizes, label_ids_to_fuse=stuff, **thresholds
+            )
+        if test.INSTANCE_ON:
+            made["instances"] = processor.post_process_instance_segmentation(found, target_sizes=sizes)
+        return made
+
     def run() -> dict[str, Any]:
-        with torch.no_grad():
-            found, results = predict(), {}
-            if test.SEMANTIC_ON:
-                results["semantic"] = processor.post_process_semantic_segmentation(found, target_sizes=sizes)
-            if test.PANOPTIC_ON:
-                results["panoptic"] = processor.post_process_panoptic_segmentation(
-                    found, target_sizes=sizes, label_ids_to_fuse=stuff, **thresholds
-                )
-            if test.INSTANCE_ON:
-                results["instances"] = processor.post_process_instance_segmentation(found, target_sizes=sizes)
-            return results
+        return results(predict())
 
     def compared() -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            found = predict()
-            return outputs.of_predictions(found.class_queries_logits[0], found.masks_queries_logits[0])
+        found = predict()
+        results(found)
+        return outputs.of_predictions(found.class_queries_logits[0], found.masks_queries_logits[0])
 
     return Workload(run, compared, (model, image))
 
@@ -126,18 +130,21 @@ def _training(case: Case, context: Context) -> Workload:
                 class_labels=[t["labels"].to(context.device) for t in targets],
             ).loss.sum()
 
+    def update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        optimizer.step()
+
     def run() -> None:
         optimizer.zero_grad()
         loss().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-        optimizer.step()
+        update()
 
     def compared() -> dict[str, np.ndarray]:
         torch.manual_seed(0)
         value = loss()
         value.backward()
         found = outputs.of_total(value, model)
-        model.zero_grad()
+        update()
         return found
 
     return Workload(run, compared, (model, images, targets))

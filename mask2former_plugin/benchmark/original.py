@@ -148,7 +148,7 @@ def _training(case: Case, context: Context) -> Workload:
         return model(batch)
 
     run = common.step(model, losses, optimizer)
-    return Workload(run, lambda: common.training_outputs(model, losses), (model, batch))
+    return Workload(run, lambda: common.training_outputs(model, losses, optimizer), (model, batch))
 
 
 def _attention(case: Case, context: Context) -> Workload:

@@ -89,8 +89,9 @@ def _training(case: Case, context: Context) -> Workload:
         with context.autocast():
             return model(batch)
 
-    run = common.step(model, losses, build_optimizer(cfg, model))
-    return Workload(run, lambda: common.training_outputs(model, losses), (model, batch))
+    optimizer = build_optimizer(cfg, model)
+    run = common.step(model, losses, optimizer)
+    return Workload(run, lambda: common.training_outputs(model, losses, optimizer), (model, batch))
 
 
 def _attention(case: Case, context: Context) -> Workload:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_INSTANCES = 100  # most instances per image, as published
 _STEP = 4  # scores are compared at every fourth pixel of both axes
 
 
@@ -37,7 +38,9 @@ def of_results(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if "instances" in results:
         instances = results["instances"]
         masks = instances.pred_masks if instances.has("pred_masks") else instances.pred_masks_rle.dense()
-        found["instance_scores"] = np.sort(array(instances.scores))
+        found["instance_scores"] = np.zeros(_INSTANCES, dtype=np.float32)
+        scores = np.sort(array(instances.scores))[::-1][:_INSTANCES]
+        found["instance_scores"][: len(scores)] = scores
         found["instance_masks"] = weighted_masks(masks, instances.scores)
     return found
 

@@ -82,7 +82,8 @@ class Workload:
 
     Attributes:
         run: what is timed.
-        outputs: arrays by name, of one run with fixed random numbers, which are compared between the sides.
+        outputs: does all that ``run`` does, with fixed random numbers, and gives arrays by name that are compared
+            between the sides.
         inputs: everything that a run has to read; a bound of its time.
         facts: numbers that describe the load, such as the number of segments.
         counted: does the same through operators whose operations PyTorch can count, where ``run`` doesn't.
