@@ -10,8 +10,9 @@ gradient and a row of the table, taken where the pattern has entries (``sampled_
 table is the product of the transposed matrices and the gradients: ``embedding_bag`` again, once a counting sort has
 brought the entries into the order of the cells.
 
-Heads are treated one after the other (several together where maps are small) and tokens in chunks, so that what is
-being worked on stays in the cache. The memory on top of inputs and results is that of one head.
+Heads are treated one after the other (several together where maps are small or threads are many) and tokens in chunks,
+so that what is being worked on stays in the cache. The memory on top of inputs and results is that of these heads. The
+order of the sums does not depend on the threads.
 """
 
 from __future__ import annotations
@@ -182,6 +183,11 @@ class _Work:
         return torch.empty(samples, dtype=torch.int32), torch.empty((4, samples), dtype=self.dtype)
 
 
+def _bag_sums(rows: Tensor, table: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows of a table, a bag after the other."""
+    return F.embedding_bag(rows, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
 def _entry_gradients(
     rows: Tensor, corners: Sequence[int], ends: Tensor, grads: Tensor, table: Tensor, cells: int
 ) -> list[Tensor]:
@@ -218,9 +224,7 @@ def _table_gradient(
     order, bags, starts = (torch.from_numpy(x) for x in (matrix.data, matrix.indices, matrix.indptr))
     table = torch.zeros_like(like)
     for corner, weight in zip(corners, weights):
-        shares = weight.index_select(0, order)
-        sums = F.embedding_bag(bags, grads, starts, mode="sum", per_sample_weights=shares, include_last_offset=True)
-        table[corner : corner + cells] += sums
+        table[corner : corner + cells] += _bag_sums(bags, grads, starts, weight.index_select(0, order))
     return table
 
 
@@ -249,12 +253,11 @@ def _attention(
         for tokens, places, attention in work.chunks(image, heads):
             rows, entries = all_rows[: attention.numel()], all_entries[:, : attention.numel()]
             work.sample(places, attention, tokens, rows.view_as(attention), entries.view(4, *attention.shape))
-            starts = work.ends[: attention[..., 0].numel()]
-            sums = [
-                F.embedding_bag(rows, work.table[k : k + cells], starts, mode="sum", per_sample_weights=entry)
-                for k, entry in zip(work.maps.corners, entries)
-            ]
-            total = sums[0].add_(sums[1]).add_(sums[2]).add_(sums[3])
+            ends = work.ends[: attention[..., 0].numel() + 1]
+            sums = (_bag_sums(rows, work.table[k : k + cells], ends, e) for k, e in zip(work.maps.corners, entries))
+            total = next(sums)
+            for corner in sums:
+                total += corner
             output[image, tokens, heads] = total.unflatten(0, attention.shape[:2]).transpose(0, 1)
     return output.flatten(2)
 
