@@ -155,16 +155,13 @@ def _attention_cases() -> list[Case]:
 def _matching_cases() -> list[Case]:
     options = {"predictions": 10, "queries": 100, "classes": 133, "channels": 256, "size": (1024, 1024)}
     quick = {"queries": 12, "channels": 16, "size": (64, 64), "targets": 6}
-    return [
-        Case(
-            f"matching/{n}-targets",
-            f"100 queries, {n} targets of 1024x1024",
-            "matching",
-            {**options, "targets": n},
-            quick,
-        )
-        for n in (10, 50, 200)
-    ]
+    cases = []
+    for product, what in ((False, ""), (True, ", with the product of embeddings and features")):
+        for n in (10, 50, 200):
+            name = f"matching/{n}-targets{'-with-product' * product}"
+            title = f"100 queries, {n} targets of 1024x1024{what}"
+            cases.append(Case(name, title, "matching", {**options, "targets": n, "product": product}, quick))
+    return cases
 
 
 def _postprocess_cases() -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -193,6 +194,17 @@ def matching_inputs(
     ]
     predictions = [(c.to(device), e.to(device)) for c, e in predictions]
     return predictions, features.to(device), {k: v.to(device) for k, v in target.items()}
+
+
+def dense_masks(options: Mapping[str, Any], factors: list, features: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """What gives the dense mask logits of each prediction, for matchers that take nothing else.
+
+    With ``product`` each call multiplies; without it they are made here, and a matcher gets them for nothing.
+    """
+    products = [functools.partial(torch.einsum, "bqc,bchw->bqhw", embed, features) for _, embed in factors]
+    if options["product"]:
+        return products
+    return [functools.partial(torch.Tensor.detach, product()) for product in products]
 
 
 def matcher_weights() -> dict[str, float]:

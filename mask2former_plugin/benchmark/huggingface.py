@@ -166,19 +166,19 @@ def _matching(case: Case, context: Context) -> Workload:
     if context.side.precision != "float32":
         raise NotOffered("costs are float32")
     factors, features, target = common.matching_inputs(case.options, context.device)
-    # the dense logits are made before: what their making costs is not counted
-    predictions = [(c, torch.einsum("bqc,bchw->bqhw", e, features)) for c, e in factors]
+    dense = common.dense_masks(case.options, factors, features)
     matcher = Mask2FormerHungarianMatcher(**common.matcher_weights())
     masks = target["masks"].float()
 
     def run() -> list:
-        return [matcher(m, c, mask_labels=[masks], class_labels=[target["labels"]]) for c, m in predictions]
+        labels = {"mask_labels": [masks], "class_labels": [target["labels"]]}
+        return [matcher(m(), c, **labels) for (c, _), m in zip(factors, dense)]
 
     def compared() -> dict[str, np.ndarray]:
         torch.manual_seed(0)
         return outputs.of_assignments([images[0] for images in run()], len(masks))
 
-    return Workload(run, compared, (predictions, target))
+    return Workload(run, compared, (factors, features, target))
 
 
 def _postprocess(case: Case, context: Context) -> Workload:

@@ -81,7 +81,7 @@ def release_memory() -> None:
             trim(0)
 
 
-def limit_memory(share: float = 0.9) -> None:
+def limit_memory(share: float = 0.85) -> None:
     """Let allocations fail that need more than a share of the memory that is free now (Linux; kept elsewhere).
 
     The failure is an exception in this process; without the limit the system would end some process.

@@ -159,18 +159,17 @@ def _attention(case: Case, context: Context) -> Workload:
 
 def _matching(case: Case, context: Context) -> Workload:
     factors, features, target = common.matching_inputs(case.options, context.device)
-    # the dense logits are made before: what their making costs is not counted
-    predictions = [{"pred_logits": c, "pred_masks": torch.einsum("bqc,bchw->bqhw", e, features)} for c, e in factors]
+    dense = common.dense_masks(case.options, factors, features)
     matcher = _project(context).matcher.HungarianMatcher(**common.matcher_weights())
 
     def run() -> list:
-        return [matcher(prediction, [target]) for prediction in predictions]
+        return [matcher({"pred_logits": c, "pred_masks": m()}, [target]) for (c, _), m in zip(factors, dense)]
 
     def compared() -> dict[str, np.ndarray]:
         torch.manual_seed(0)
         return outputs.of_assignments([images[0] for images in run()], len(target["labels"]))
 
-    return Workload(run, compared, (predictions, target))
+    return Workload(run, compared, (factors, features, target))
 
 
 def _postprocess(case: Case, context: Context) -> Workload:

@@ -13,6 +13,7 @@ from mask2former_plugin.benchmark.measure import Meter
 _TIMINGS = 5
 _SIZE = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 _QUICK_SIZE = 256
+_MOST_COPIED = 2**30  # bytes
 
 
 def measure(meter: Meter, quick: bool) -> dict[str, float]:
@@ -34,7 +35,7 @@ def measure(meter: Meter, quick: bool) -> dict[str, float]:
         image, weight = (x.to(memory_format=torch.channels_last) for x in (image, weight))
         operations = 2 * (size * channels) ** 2 * 9
         found[f"conv_{name}"] = operations / _best(meter, lambda: F.conv2d(image, weight, padding=1))
-    source = torch.zeros(side**2 * 64, dtype=torch.uint8, device=meter.device)
+    source = torch.zeros(min(side**2 * 64, _MOST_COPIED), dtype=torch.uint8, device=meter.device)
     goal = torch.zeros_like(source)
     found["copy"] = 2 * source.nbytes / _best(meter, lambda: goal.copy_(source))
     return found
