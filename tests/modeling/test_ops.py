@@ -141,6 +141,15 @@ def test_gradcheck_from_logits():
     )
 
 
+def test_inputs_are_all_that_is_kept_for_the_backward_pass():
+    value, offsets, logits = (x.requires_grad_() for x in arguments())
+    points = torch.rand(3, 2, dtype=torch.float64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        ms_deform_attn_from_logits(value, SHAPES, points, offsets, logits)
+    assert set(kept) == {x.data_ptr() for x in (value, points, offsets, logits)}
+
+
 def test_logits_of_any_size_and_in_half_precision():
     """Softmax must not overflow; what autocast predicts in half precision is summed up in the type of the points."""
     value, offsets, logits = arguments(torch.float32)
