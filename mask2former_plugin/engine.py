@@ -68,10 +68,10 @@ class MixedPrecisionTrainer(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()  # before the forward pass, whose results would lie beside the old gradients
         with torch.autocast(self.device_type, dtype=self.precision):
             loss_dict = self.model(data)
             losses = sum(loss_dict.values())
-        self.optimizer.zero_grad()
         self.grad_scaler.scale(losses).backward()
         self.after_backward()
         self._write_metrics(loss_dict, data_time)
@@ -102,6 +102,7 @@ class Trainer(DefaultTrainer):
         if amp:
             inner = self._trainer
             self._trainer = MixedPrecisionTrainer(inner.model, inner.data_loader, inner.optimizer, PRECISIONS[cfg.SOLVER.AMP.PRECISION])
+        self._trainer.zero_grad_before_forward = True  # old gradients need no memory beside what the forward pass keeps
         self.checkpointer = Checkpointer.of_trainer(self)
         self._hooks.clear()
         self.register_hooks(self.build_hooks())

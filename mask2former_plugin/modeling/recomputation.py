@@ -16,9 +16,17 @@ class RunsLayers(nn.Module):
 
     recompute_layers = False
 
+    def recomputing(self) -> bool:
+        """Whether :meth:`run_layer` lets a layer run again in the backward pass."""
+        return self.recompute_layers and self.training and torch.is_grad_enabled()
+
     def run_layer(self, layer: Callable[..., Any], *args: Any) -> Any:
-        """``layer(*args)``; with ``recompute_layers`` it runs again in the backward pass, dropout included."""
-        if not (self.recompute_layers and self.training and torch.is_grad_enabled()):
+        """``layer(*args)``; with ``recompute_layers`` it runs again in the backward pass, dropout included.
+
+        Args:
+            layer: a module or a method of one.
+        """
+        if not self.recomputing():
             return layer(*args)
         return checkpoint(
             layer,
@@ -72,7 +80,8 @@ def recompute_activations(module: nn.Module, key: str) -> None:
 @contextlib.contextmanager
 def _running_statistics_kept(layer: Callable[..., Any]) -> Iterator[None]:
     """While the layer runs a second time, its batch norms don't count the batch a second time."""
-    norms = [m for m in layer.modules() if hasattr(m, "running_mean") and getattr(m, "momentum", None) is not None]
+    modules = getattr(layer, "__self__", layer).modules()
+    norms = [m for m in modules if hasattr(m, "running_mean") and getattr(m, "momentum", None) is not None]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

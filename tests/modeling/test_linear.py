@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mask2former_plugin.modeling.layers import linear as module
-from mask2former_plugin.modeling.layers.linear import Linear, linear, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, linear, recomputes_pieces, token_wise
 
 # float32, sums of up to 96 products of size 1: about ten times the rounding of one sum
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
@@ -117,3 +117,56 @@ def test_pieces_give_what_the_whole_gives(monkeypatch, shape):
     lengths.clear()
     torch.testing.assert_close(token_wise(function, x, hidden=16), expected, rtol=0, atol=1e-14)
     assert lengths == [x.numel() // 6]  # with gradients in one piece
+
+
+@pytest.mark.parametrize("tokens", [7, 24, 71])
+def test_pieces_are_recomputed_in_training(monkeypatch, tokens):
+    monkeypatch.setattr(module, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(module, "_CACHED_VALUES", 160)
+    layers = {"a": nn.Linear(6, 16), "b": nn.Linear(16, 6), "norm": nn.LayerNorm(6), "unused": nn.Linear(1, 1)}
+    block = nn.ModuleDict(layers)
+    block.double()["b"].bias.requires_grad_(False)
+    lengths = []
+
+    def function(x, y):
+        lengths.append(len(x.flatten(0, -2)))
+        return block["norm"](x + block["b"](block["a"](y).relu()))
+
+    x = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, tokens, 6, dtype=torch.float64)
+    parameters = [p for name, p in block.named_parameters() if p.requires_grad and "unused" not in name]
+    kept, found = {}, []
+    for pieces in (False, True):
+        lengths.clear()
+        count = 0
+
+        def keep(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            output = token_wise(function, x, y, hidden=16, module=block if pieces else None)
+        kept[pieces] = count
+        found.append((output, torch.autograd.grad((output * weights).sum(), (x, y, *parameters))))
+        if pieces:
+            assert max(lengths) <= 10 or tokens == 7
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert kept[True] < kept[False] or 2 * tokens <= 10
+    assert block["unused"].weight.grad is None
+
+
+def test_inputs_without_gradient_and_active_dropout(monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(module, "_CACHED_VALUES", 160)
+    layer, x = nn.Linear(6, 4).double(), torch.randn(50, 6, dtype=torch.float64)
+    assert recomputes_pieces(layer, x, 16)
+    (ours,) = torch.autograd.grad(token_wise(layer, x, hidden=16, module=layer).square().sum(), layer.weight)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    dropping = nn.Sequential(layer, nn.Dropout(0.5))
+    assert not recomputes_pieces(dropping, x, 16)
+    assert recomputes_pieces(dropping.eval(), x, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recomputes_pieces(layer, x, 16)

@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
+from mask2former_plugin.modeling.layers import linear
 from mask2former_plugin.modeling.pixel_decoders import build_pixel_decoder
 from mask2former_plugin.modeling.recomputation import RecomputedSequential, recompute_activations
 
@@ -115,3 +116,23 @@ def test_nothing_to_recompute_is_an_error(small_config, input_shape):
         )
     with pytest.raises(ValueError, match="MODEL.BACKBONE.USE_CHECKPOINT: Linear"):
         recompute_activations(nn.Linear(1, 1), "MODEL.BACKBONE.USE_CHECKPOINT")
+
+
+def test_encoder_in_pieces_changes_nothing(small_config, input_shape, monkeypatch):
+    torch.manual_seed(0)
+    features = {name: torch.randn(2, s.channels, 96 // s.stride, 64 // s.stride) for name, s in input_shape.items()}
+    found = []
+    for key in (False, True):
+        cfg = small_config("MODEL.SEM_SEG_HEAD.USE_CHECKPOINT", key)
+        torch.manual_seed(1)
+        decoder = build_pixel_decoder(cfg, input_shape).train()
+        for values in (2**21, 48 * 32):
+            monkeypatch.setattr(linear, "_LEAST_ROWS", 32)
+            monkeypatch.setattr(linear, "_CACHED_VALUES", values)
+            decoder.zero_grad()
+            mask_features, _, maps = decoder.forward_features(features)
+            (mask_features.square().mean() + sum(m.square().mean() for m in maps)).backward()
+            found.append([mask_features] + [p.grad.clone() for p in decoder.parameters()])
+    for other in found[1:]:
+        for ours, plain in zip(other, found[0]):  # sums in another order
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())

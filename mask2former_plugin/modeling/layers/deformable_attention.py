@@ -79,12 +79,17 @@ class MSDeformAttn(nn.Module):
         Returns:
             ``[B, T, C]``.
         """
+        return self.output_proj(self.attend(query, value, spatial_shapes, points))
+
+    def attend(
+        self, query: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], points: Tensor
+    ) -> Tensor:
+        """The heads' results side by side, ``[B, T, C]``: what :meth:`forward` gives before the output projection."""
         samples = (self.num_heads, self.num_levels, self.num_points)
         values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
         both = (self.sampling_offsets, self.attention_weights)  # one product is faster than two
         predicted = linear(query, torch.cat([x.weight for x in both]), torch.cat([x.bias for x in both]))
         offsets, logits = predicted.split([x.out_features for x in both], dim=2)
-        attended = ms_deform_attn_from_logits(
+        return ms_deform_attn_from_logits(
             values, spatial_shapes, points, offsets.unflatten(2, (*samples, 2)), logits.unflatten(2, samples)
         )
-        return self.output_proj(attended)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -63,16 +65,77 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def token_wise(function: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:
-    """``function(x)``; without gradients on a CPU piece by piece, so that wide intermediate results stay in its cache.
+def token_wise(
+    function: Callable[..., Tensor], *inputs: Tensor, hidden: int, module: nn.Module | None = None
+) -> Tensor:
+    """``function(*inputs)``; on a CPU piece by piece, so that wide intermediate results stay in its cache.
+
+    Given the module, a piece is computed again in the backward pass, so that nothing but the inputs is kept.
 
     Args:
-        function: treats every token for itself, ``[..., C]`` to ``[..., N]``.
-        x: ``[..., C]``.
+        function: treats every token for itself, ``[..., C_i]`` to ``[..., N]``.
+        inputs: ``[..., C_i]``, the other dimensions equal.
         hidden: width of the widest intermediate result.
+        module: whose parameters it uses; without it, and with active dropout in it, training makes no pieces.
     """
-    length = max(_LEAST_ROWS, _CACHED_VALUES // hidden)
-    if torch.is_grad_enabled() or traced() or x.device.type != "cpu" or x.numel() <= length * x.shape[-1]:
-        return function(x)
-    pieces = [function(piece) for piece in x.flatten(0, -2).split(length)]
-    return torch.cat(pieces).unflatten(0, x.shape[:-1])
+    x, length = inputs[0], _piece(hidden)
+    if traced() or x.device.type != "cpu" or x.numel() <= length * x.shape[-1]:
+        return function(*inputs)
+    tokens = [i.flatten(0, -2) for i in inputs]
+    if not torch.is_grad_enabled():
+        result = torch.cat([function(*piece) for piece in zip(*(t.split(length) for t in tokens))])
+    elif module is not None and recomputes_pieces(module, x, hidden):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        result = _InPieces.apply(function, length, len(tokens), *tokens, *parameters)
+    else:
+        return function(*inputs)
+    return result.unflatten(0, x.shape[:-1])
+
+
+def recomputes_pieces(module: nn.Module, x: Tensor, hidden: int) -> bool:
+    """Whether :func:`token_wise` keeps nothing but the inputs: on CPUs, given tokens enough for several pieces.
+
+    Not under autocast and not with active dropout, either of which would have to be repeated, too.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not traced()
+        and x.device.type == "cpu"
+        and x.numel() > _piece(hidden) * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
+    )
+
+
+def _piece(hidden: int) -> int:
+    return max(_LEAST_ROWS, _CACHED_VALUES // hidden)
+
+
+class _InPieces(torch.autograd.Function):
+    """A token-wise function a piece at a time, each piece computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], length: int, number: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.length, ctx.number = function, length, number
+        return torch.cat([function(*piece) for piece in zip(*(t.split(length) for t in tensors[:number]))])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, parameters = ctx.saved_tensors[: ctx.number], ctx.saved_tensors[ctx.number :]
+        sums: list[Tensor | None] = [None] * len(parameters)
+        grad_tokens = [torch.empty_like(t) if t.requires_grad else None for t in tokens]
+        for start in range(0, len(grad_output), ctx.length):
+            rows = slice(start, start + ctx.length)
+            with torch.enable_grad():
+                piece = [t[rows].detach().requires_grad_(t.requires_grad) for t in tokens]
+                output = ctx.function(*piece)
+            wanted = [t for t in piece if t.requires_grad]
+            found = torch.autograd.grad(output, (*wanted, *parameters), grad_output[rows], allow_unused=True)
+            for target, grad in zip((g for g in grad_tokens if g is not None), found):
+                target[rows] = grad
+            for i, grad in enumerate(found[len(wanted) :]):
+                if grad is not None:
+                    sums[i] = grad if sums[i] is None else sums[i].add_(grad)
+        return None, None, None, *grad_tokens, *sums

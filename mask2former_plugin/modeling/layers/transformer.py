@@ -44,7 +44,7 @@ class TransformerEncoderLayer(nn.Module):
             x = x + self._attend(self.norm1(x), pos)
         else:
             x = self.norm1(x + self._attend(x, pos))
-        return token_wise(self._feed, x, self.linear1.out_features)
+        return token_wise(self._feed, x, hidden=self.linear1.out_features, module=self)
 
 
 class TransformerDecoderLayer(nn.Module):

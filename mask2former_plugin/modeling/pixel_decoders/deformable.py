@@ -13,7 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
-from mask2former_plugin.modeling.layers.linear import Linear, rectified, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, recomputes_pieces, rectified, token_wise
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -30,7 +30,7 @@ FEEDFORWARD = 1024
 NUM_POINTS = 4
 
 
-class DeformableEncoderLayer(nn.Module):
+class DeformableEncoderLayer(RunsLayers):
     """Deformable self-attention and feed-forward, each followed by residual and norm."""
 
     def __init__(
@@ -48,10 +48,17 @@ class DeformableEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor, sizes: list[tuple[int, int]], points: Tensor) -> Tensor:
         """Tokens ``[B, S, C]`` with position encoding ``[S, C]`` and places ``[S, 2]`` to ``[B, S, C]``."""
-        x = self.norm1(x + self.dropout(self.self_attn(x + pos, x, sizes, points)))
-        return token_wise(self._feed, x, self.linear1.out_features)
+        attended = self.run_layer(self._attend, x, pos, sizes, points)
+        hidden = self.linear1.out_features
+        if self.recomputing() and not recomputes_pieces(self, x, hidden):
+            return self.run_layer(self._finish, x, attended)
+        return token_wise(self._finish, x, attended, hidden=hidden, module=self)
 
-    def _feed(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, pos: Tensor, sizes: list[tuple[int, int]], points: Tensor) -> Tensor:
+        return self.self_attn.attend(x + pos, x, sizes, points)
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.self_attn.output_proj(attended)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(rectified(self.linear1(x))))))
 
 
@@ -63,7 +70,7 @@ class _LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
 
-class DeformableEncoder(RunsLayers):
+class DeformableEncoder(nn.Module):
     """Deformable encoder over several maps that are given from coarse to fine."""
 
     def __init__(
@@ -100,13 +107,13 @@ class DeformableEncoder(RunsLayers):
             ]
         )
         for layer in self.encoder.layers:
-            x = self.run_layer(layer, x, pos, sizes, points)
+            x = layer(x, pos, sizes, points)
         levels = x.split([h * w for h, w in sizes], dim=1)
         return [level.unflatten(1, size).permute(0, 3, 1, 2) for level, size in zip(levels, sizes)]
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class MSDeformAttnPixelDecoder(nn.Module):
+class MSDeformAttnPixelDecoder(RunsLayers):
     """Deformable encoder on the coarse levels, FPN steps down to the stride of the masks.
 
     FPN modules are numbered from the finest level (1).
@@ -208,10 +215,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
         projected = [project(features[name]) for project, name in zip(self.input_proj, self.transformer_in_features)]
         maps = self.transformer(projected)
         for number in range(len(self.fpn_features), 0, -1):
-            lateral = self.get_submodule(f"adapter_{number}")(features[self.fpn_features[number - 1]])
-            x = lateral + upsampled_like(maps[-1], lateral, "bilinear")
-            maps.append(self.get_submodule(f"layer_{number}")(x))
+            feature = features[self.fpn_features[number - 1]]
+            maps.append(self.run_layer(self._add_finer_level, number, feature, maps[-1]))
         return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+
+    def _add_finer_level(self, number: int, feature: Tensor, coarser: Tensor) -> Tensor:
+        lateral = self.get_submodule(f"adapter_{number}")(feature)
+        x = lateral + upsampled_like(coarser, lateral, "bilinear")
+        return self.get_submodule(f"layer_{number}")(x)
 
     def forward(self, features: dict[str, Tensor]) -> PixelFeatures:
         """See :meth:`forward_features`."""
