@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,13 +281,30 @@ def test_label_map_is_a_tensor_of_classes():
         labels.argmax()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (40, 50), (2000, 300)])
+@pytest.mark.parametrize("kind", ["noise", "blocks", "empty", "full", "one pixel", "last pixel"])
+def test_run_lengths_are_written_as_pycocotools_does(size, kind):
+    mask = np.zeros(size, dtype=np.uint8)
+    if kind == "noise":
+        mask[:] = np.random.default_rng(0).random(size) > 0.5
+    elif kind == "blocks":
+        mask[size[0] // 4 : size[0] // 2, size[1] // 3 :] = 1
+    elif kind == "full":
+        mask[:] = 1
+    elif kind != "empty":
+        mask.ravel()[-1 if kind == "last pixel" else mask.size // 2] = 1
+    expected = pycocotools.mask.encode(np.asfortranarray(mask))
+    assert encoded(torch.from_numpy(mask).bool()) == {"size": list(size), "counts": expected["counts"].decode()}
+
+
+def encoded(mask):
+    flat = np.concatenate([[False], mask.numpy().T.ravel()])
+    return encode_changes(np.flatnonzero(flat[1:] != flat[:-1]), tuple(mask.shape))
+
+
 def test_run_lengths_are_indexed_like_masks():
     masks = torch.rand(4, 5, 7) > 0.5
-    changes = []
-    for mask in masks:
-        flat = np.concatenate([[False], mask.numpy().T.ravel()])
-        changes.append(np.flatnonzero(flat[1:] != flat[:-1]))
-    codes = encode_changes(changes, (5, 7))
+    codes = RunLengths(encoded(mask) for mask in masks)
     assert torch.equal(codes.dense(), masks)
     instances = Instances((5, 7), pred_masks_rle=codes, scores=torch.rand(4))
     for chosen in (

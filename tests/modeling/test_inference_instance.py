@@ -49,6 +49,7 @@ def check(found, expected):
 @pytest.mark.parametrize("top_k", [3, 12, 1000])
 def test_equals_the_dense_formula(monkeypatch, tile, top_k):
     monkeypatch.setitem(upsampling._TILE, "cpu", (tile, tile))
+    monkeypatch.setitem(upsampling._VALUES, "cpu", 2000)
     class_logits, logits = torch.randn(9, 5) * 2, torch.randn(9, 16, 24) * 4
     logits[4] = -3.0  # an empty mask
     logits[5] = 3.0  # the whole image

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from inference_reference import upsampled
 
+from mask2former_plugin.modeling.inference import upsampling
 from mask2former_plugin.modeling.inference.upsampling import (
     AxisResize,
     Buffers,
@@ -90,6 +91,14 @@ def test_tiles_cover_the_map_once(tile):
     for rows, columns in Tiles((37, 23), tile):
         covered[slice(*rows), slice(*columns)] += 1
     assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("values", [1, 300, 10**6])
+def test_pieces_cover_the_rows_once_and_stay_small(monkeypatch, values):
+    monkeypatch.setitem(upsampling._VALUES, "cpu", values)
+    found = list(upsampling.pieces((3, 40), (10, 15), 4, torch.device("cpu")))
+    assert [row for start, stop in found for row in range(start, stop)] == list(range(3, 40))
+    assert all((stop - start) * 5 * 4 <= max(values, 5 * 4) for start, stop in found)
 
 
 def test_first_largest_is_argmax_with_the_first_of_equal_ones():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mask2former_plugin.modeling.inference.instance_masks import DenseMasks, RunLengthMasks
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
-from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Tiles
+from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Tiles, pieces
 
 
 class InstanceTask:
@@ -94,20 +94,19 @@ class InstanceTask:
         # a tile where the bound says that there is no mask is left out
         tiles = Tiles.of(self._size, device)
         occupied = ~(masks.bounds(tiles.rows, tiles.columns)[1] < threshold)
-        for (rows, columns), visible in zip(tiles, occupied.T):
+        for (tile_rows, columns), visible in zip(tiles, occupied.T):
             positions = visible.nonzero()[:, 0].to(device)
-            if not len(positions):
-                continue
-            logits = masks.block(rows, columns, positions, buffers)
-            mask = torch.gt(logits, threshold, out=buffers("mask", logits.shape, torch.bool))
-            kept.put(positions, rows, columns, mask)
-            for peaks, (start, stop), dim in ((row_peaks, rows, 2), (column_peaks, columns, 1)):
-                part = peaks[:, start:stop]
-                part[positions] = torch.maximum(part[positions], logits.amax(dim))
-            area[positions] += mask.view(torch.uint8).flatten(1).sum(1, dtype=torch.int32)
-            # outside of the mask the probability becomes 0
-            probability = F.threshold_(logits, threshold, -math.inf).sigmoid_()
-            inside[positions] += probability.flatten(1).sum(1)
+            for rows in pieces(tile_rows, columns, len(positions), device) if len(positions) else ():
+                logits = masks.block(rows, columns, positions, buffers)
+                mask = torch.gt(logits, threshold, out=buffers("mask", logits.shape, torch.bool))
+                kept.put(positions, rows, columns, mask)
+                for peaks, (start, stop), dim in ((row_peaks, rows, 2), (column_peaks, columns, 1)):
+                    part = peaks[:, start:stop]
+                    part[positions] = torch.maximum(part[positions], logits.amax(dim))
+                area[positions] += mask.view(torch.uint8).flatten(1).sum(1, dtype=torch.int32)
+                # outside of the mask the probability becomes 0
+                probability = F.threshold_(logits, threshold, -math.inf).sigmoid_()
+                inside[positions] += probability.flatten(1).sum(1)
 
         left, right = _extent(column_peaks > threshold)
         top, bottom = _extent(row_peaks > threshold)

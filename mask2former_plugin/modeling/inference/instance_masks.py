@@ -70,7 +70,8 @@ class RunLengthMasks:
         self._corner = corner
         self._pixels = size[0] * size[1]
         self._buffers = Buffers(device)
-        self._changes: list[np.ndarray] = []
+        self._changes: dict[int, list[np.ndarray]] = {}
+        self._dtype = np.int32 if self._pixels < 2**31 else np.int64
 
     def put(self, positions: Tensor, rows: Range, columns: Range, masks: Tensor) -> None:
         """Take a tile ``[n, rows, columns]`` of the masks at some positions."""
@@ -83,10 +84,10 @@ class RunLengthMasks:
         where = np.flatnonzero(flat.numpy()) if flat.device.type == "cpu" else flat.nonzero()[:, 0].cpu().numpy()
         mask, place = np.divmod(where, (height + 1) * width)
         y, x = np.divmod(place, width)
-        # a run may end behind the last pixel, so a mask has one place more than pixels
-        start = positions.cpu().numpy()[mask] * (self._pixels + 1)
         y, x = y + (rows[0] + self._corner[0]), x + (columns[0] + self._corner[1])
-        self._changes.append(start + x * self._size[0] + y)
+        changes = (x * self._size[0] + y).astype(self._dtype)
+        for position, part in zip(positions.tolist(), np.split(changes, np.searchsorted(mask, np.arange(1, number)))):
+            self._changes.setdefault(position, []).append(part)
 
     def result(self, sources: Sequence[int], boxes: Tensor) -> RunLengths:
         """Run lengths of the masks.
@@ -95,8 +96,10 @@ class RunLengthMasks:
             sources: of each mask, the position of the one that it repeats.
             boxes: around the masks that came in tiles, int64 ``[n, 4]``; only their number counts.
         """
-        changes = without_pairs(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self._changes])))
-        starts = np.arange(len(boxes) + 1) * (self._pixels + 1)
-        bounds = np.searchsorted(changes, starts)
-        distinct = encode_changes([changes[i:j] - s for s, i, j in zip(starts, bounds, bounds[1:])], self._size)
-        return distinct[list(sources)] if len(sources) else RunLengths()
+        nothing = np.zeros(0, dtype=self._dtype)
+        codes = RunLengths()
+        for position in range(len(boxes)):
+            # the parts are given up one by one: of noise there are many
+            changes = np.sort(np.concatenate([nothing, *self._changes.pop(position, [])]))
+            codes.append(encode_changes(without_pairs(changes), self._size))
+        return codes[list(sources)] if len(sources) else RunLengths()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,18 +62,36 @@ def without_pairs(places: np.ndarray) -> np.ndarray:
     return places[alone]
 
 
-def encode_changes(changes: Sequence[np.ndarray], size: tuple[int, int]) -> RunLengths:
-    """Run lengths from the places where masks begin and end.
+def encode_changes(changes: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's run lengths of one mask from the places where it begins and ends.
 
     Args:
-        changes: of each mask, ascending positions down the columns, one column after the other, where a pixel differs
-            from the one before it (outside before the first).
+        changes: ascending positions down the columns, one column after the other, where a pixel differs from the one
+            before it (outside before the first).
         size: height and width.
     """
     pixels = size[0] * size[1]
-    codes = []
-    for places in changes:
-        ends = np.concatenate([[0], places[places < pixels], [pixels]])
-        codes.append({"size": list(size), "counts": np.diff(ends).tolist()})
-    encoded = pycocotools.mask.frPyObjects(codes, *size) if codes else []
-    return RunLengths({"size": list(size), "counts": code["counts"].decode("ascii")} for code in encoded)
+    ends = np.concatenate([[0], changes[changes < pixels], [pixels]]) if pixels else np.zeros(1, dtype=np.int64)
+    return {"size": list(size), "counts": compress(np.diff(ends))}
+
+
+def compress(counts: np.ndarray) -> str:
+    """COCO's text for run lengths, as ``pycocotools`` writes it, which takes Python lists only.
+
+    From the fourth on, a count is the difference to the one two places before. A number has as few digits of five bits,
+    the lowest first, as hold it and its sign; the sixth bit of a character says that more follow; 48 makes them text.
+    """
+    numbers = counts.astype(np.int64)
+    numbers[3:] -= counts[1:-2]
+    digits = np.ones(len(numbers), dtype=np.int64)
+    magnitude = np.where(numbers < 0, ~numbers, numbers) >> 4
+    while magnitude.any():
+        digits += magnitude > 0
+        magnitude >>= 5
+    ends = np.cumsum(digits)
+    text = np.empty(ends[-1] if len(ends) else 0, dtype=np.uint8)
+    for place in range(int(digits.max(initial=0))):
+        there = digits > place
+        more = digits[there] > place + 1
+        text[(ends - digits)[there] + place] = ((numbers[there] >> 5 * place) & 31) + 32 * more + 48
+    return text.tobytes().decode("ascii")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
-from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Tiles
+from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Tiles, pieces
 
 _ROUNDING = 1e-5  # of a product of probabilities, relative; some hundred times what float32 makes of it
 
@@ -96,19 +96,19 @@ class PanopticTask:
         self._both += (areas * (may_win & sole & all_mask)).sum(1).to(masks.device)
         self._own += (areas * (all_mask & ~needed)).sum(1).to(masks.device)
         buffers = Buffers(masks.device)
-        for t, (rows, columns) in enumerate(tiles):
-            owner = self._owner[slice(*rows), slice(*columns)]
+        for t, (tile_rows, columns) in enumerate(tiles):
+            owner = self._owner[:, slice(*columns)]
             if sole[t]:
                 winner = int(may_win[:, t].nonzero())
-                owner.fill_(winner + 1 if all_mask[winner, t] or not self._require_mask else 0)
+                owner[slice(*tile_rows)] = winner + 1 if all_mask[winner, t] or not self._require_mask else 0
             positions = needed[:, t].nonzero()[:, 0].to(masks.device)
-            if len(positions):
+            for rows in pieces(tile_rows, columns, len(positions), masks.device) if len(positions) else ():
                 probability = masks.block(rows, columns, positions, buffers).sigmoid_()
                 sure = buffers("sure", probability.shape, probability.dtype)
                 torch.ge(probability, self._mask_threshold, out=sure)
                 self._own[positions] += sure.flatten(1).sum(1).long()
                 if not sole[t]:
-                    self._compete(positions, probability, sure, owner)
+                    self._compete(positions, probability, sure, owner[slice(*rows)])
 
     def _compete(self, positions: Tensor, probability: Tensor, sure: Tensor, owner: Tensor) -> None:
         """The best of some queries gets the pixel.

@@ -14,7 +14,10 @@ from torch import Tensor
 # tell more precisely where a mask may be; a GPU wants more work per kernel.
 _TILE = {"cpu": ((96, 256), (32, 128))}
 _TILE_GPU = ((512, 512), (512, 512))
-# Bounds are widened by this part of the largest logit; rounding carries a resized value less far beyond its neighbours.
+# Values of all masks in one piece of a tile: few enough for the cache of a CPU and for the memory of a GPU.
+_VALUES = {"cpu": 2**21}
+_VALUES_GPU = 2**26
+# Bounds are widened by this part of the largest logit; rounding carries a resized value less far over its neighbours.
 _ROUNDING = 1e-5
 
 Range = tuple[int, int]
@@ -70,6 +73,15 @@ class Tiles:
 
     def __iter__(self) -> Iterator[tuple[Range, Range]]:
         return ((rows, columns) for rows in self.rows for columns in self.columns)
+
+
+def pieces(rows: Range, columns: Range, maps: int, device: torch.device) -> Iterator[Range]:
+    """Ranges that cover the rows of a tile, short enough that some maps of one stay small."""
+    values = _VALUES.get(device.type, _VALUES_GPU)
+    step = max(1, values // max(1, maps * (columns[1] - columns[0])))
+    number = max(1, -(-(rows[1] - rows[0]) // step))
+    edges = [rows[0] + (rows[1] - rows[0]) * i // number for i in range(number + 1)]
+    return zip(edges, edges[1:])
 
 
 @dataclass(frozen=True)

@@ -381,14 +381,14 @@ class InstanceWindows:
 
 def rectangle(size: tuple[int, int], rows: Range, columns: Range) -> dict[str, Any]:
     """Run lengths of a mask that is a rectangle."""
-    return encode_changes([_edges(size, [(rows, columns)])], size)[0]
+    return encode_changes(_edges(size, [(rows, columns)]), size)
 
 
 def outside(size: tuple[int, int], rectangles: Sequence[tuple[Range, Range]]) -> dict[str, Any]:
     """Run lengths of what disjoint rectangles leave of an image."""
     edges = _edges(size, rectangles)
     edges = edges[1:] if len(edges) and edges[0] == 0 else np.concatenate([[0], edges])
-    return encode_changes([edges], size)[0]
+    return encode_changes(edges, size)
 
 
 def _edges(size: tuple[int, int], rectangles: Sequence[tuple[Range, Range]]) -> np.ndarray:
