@@ -201,7 +201,7 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to the same."""
         x = x + self.drop_path(self._attend(self.norm1(x)))
-        return x + self.drop_path(token_wise(self._feed, x, self.mlp.fc1.out_features))
+        return x + self.drop_path(token_wise(self._feed, x, hidden=self.mlp.fc1.out_features))
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
