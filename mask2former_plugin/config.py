@@ -52,6 +52,7 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     node = cfg.SOLVER
     node.WEIGHT_DECAY_EMBED = 0.0
     node.OPTIMIZER = "ADAMW"
+    node.FUSED = True  # the optimizer's step as one pass, on CPUs and CUDA; the same update up to rounding
     node.BACKBONE_MULTIPLIER = 0.1
     node.AMP.PRECISION = "float16"  # or "bfloat16", which needs no loss scaling and runs on CPUs too
 

@@ -18,6 +18,7 @@ _NORMS = (
 )
 _NO_DECAY = ("relative_position_bias_table", "absolute_pos_embed")
 _OPTIMIZERS = ("ADAMW", "SGD")
+_FUSED_DEVICES = ("cpu", "cuda")
 
 
 def parameter_groups(model: nn.Module, cfg: CfgNode) -> list[dict[str, Any]]:
@@ -51,6 +52,8 @@ def parameter_groups(model: nn.Module, cfg: CfgNode) -> list[dict[str, Any]]:
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD by ``SOLVER.OPTIMIZER``, with the gradient clipping of ``SOLVER.CLIP_GRADIENTS``.
 
+    With ``SOLVER.FUSED`` the step is one pass over all parameters, equal up to rounding, where the device has it.
+
     Raises:
         ValueError: another optimizer is asked for.
     """
@@ -66,8 +69,17 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer_class, arguments = torch.optim.SGD, {"lr": solver.BASE_LR, "momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     if full_model and clip.ENABLED and clip.CLIP_VALUE > 0:
         optimizer_class = _clipping_the_whole_model(optimizer_class, clip.CLIP_VALUE)
+    if solver.FUSED and _can_be_fused(groups):
+        arguments["fused"] = True
     optimizer = optimizer_class(groups, **arguments)
+    # a GradScaler would leave unscaling to a fused step, which comes after the clipping
+    optimizer._step_supports_amp_scaling = False
     return optimizer if full_model else maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _can_be_fused(groups: list[dict[str, Any]]) -> bool:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return bool(parameters) and all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
 
 
 def _clipping_the_whole_model(base: type[torch.optim.Optimizer], max_norm: float) -> type[torch.optim.Optimizer]:

@@ -82,3 +82,56 @@ def test_unknown_optimizer_is_named():
 def test_full_model_clipping_of_zero_means_none():
     opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"]
     assert type(build_optimizer(config(*opts), TinyModel())) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_fused_steps_are_those_of_an_optimizer_per_parameter(name, dtype, tolerance):
+    opts = ["SOLVER.OPTIMIZER", name, "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
+    model, plain = TinyModel().to(dtype), TinyModel().to(dtype)
+    plain.load_state_dict(model.state_dict())
+    cfg = config(*opts)
+    fused = build_optimizer(cfg, model)
+    assert all(group["fused"] for group in fused.param_groups)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in parameter_groups(plain, cfg) for p in g["params"]}
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    slow = []
+    for p in trained:
+        lr, decay = settings[id(p)]
+        if name == "ADAMW":
+            slow.append(torch.optim.AdamW([p], lr=lr, weight_decay=decay, foreach=False))
+        else:
+            momentum = {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
+            slow.append(torch.optim.SGD([p], lr=lr, weight_decay=decay, foreach=False, **momentum))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for ours, theirs in zip((p for p in model.parameters() if p.requires_grad), trained):
+            ours.grad = torch.randn(ours.shape, dtype=dtype, generator=generator)
+            theirs.grad = ours.grad.clone()
+        fused.step()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in trained))
+        for p in trained:
+            p.grad *= (cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE / (norm + 1e-6)).clamp(max=1)
+        for optimizer in slow:
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_fused_step_with_a_gradient_scaler_clips_unscaled_gradients():
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = build_optimizer(config("SOLVER.OPTIMIZER", "SGD", *opts), layer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        scaler.scale(layer(torch.ones(1, 3)).square().sum()).backward()
+        scaler.step(optimizer)
+        found.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+
+
+def test_fused_can_be_switched_off():
+    optimizer = build_optimizer(config("SOLVER.FUSED", "False"), TinyModel())
+    assert not any(group.get("fused") for group in optimizer.param_groups)
