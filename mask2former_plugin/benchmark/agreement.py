@@ -42,12 +42,12 @@ class Rule:
 
 
 RULES = {
-    "class_logits": Rule(relative, 1e-3, 0.15),
-    "mask_logits": Rule(relative, 1e-3, 0.15),
-    "semantic_scores": Rule(relative, 1e-3, 0.2),
-    "semantic_labels": Rule(differing, 1e-3, 0.15),
-    "panoptic_classes": Rule(differing, 1e-3, 0.15),
-    "instance_scores": Rule(furthest, 1e-3, 0.2),
+    "class_logits": Rule(relative, 1e-3, 0.2),
+    "mask_logits": Rule(relative, 1e-3, 0.2),
+    "semantic_scores": Rule(relative, 1e-3, 0.3),
+    "semantic_labels": Rule(differing, 1e-3, 0.3),
+    "panoptic_classes": Rule(differing, 1e-3, 0.3),
+    "instance_scores": Rule(furthest, 1e-3, 0.3),
     "instance_masks": Rule(relative, 1e-3, 0.3),
     "losses": Rule(relative, 1e-3, 0.1),
     "total_loss": Rule(relative, 1e-3, 0.1),

@@ -36,12 +36,12 @@ def _model(options: Mapping[str, Any], context: Context) -> nn.Module:
         except ValueError as error:
             raise NotOffered(str(error)) from error
         save_pretrained(common.load_model(cfg, options, context), cfg, folder)
-    name = (
-        "Mask2FormerForUniversalSegmentation"
-        if options["family"] == "mask2former"
-        else "MaskFormerForInstanceSegmentation"
-    )
-    return getattr(transformers, name).from_pretrained(folder).to(context.device).eval()
+    if options["family"] == "mask2former":
+        model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+    else:
+        # with its own auxiliary losses on, its inference fails
+        model = transformers.MaskFormerForInstanceSegmentation.from_pretrained(folder, use_auxiliary_loss=False)
+    return model.to(context.device).eval()
 
 
 def _processor(family: str) -> Any:

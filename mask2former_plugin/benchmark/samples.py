@@ -15,7 +15,7 @@ KEPT_SCORE = 0.8  # score above which a query counts as kept, the published thre
 MASK_AREA = 0.03  # mean part of the image that a mask covers
 _SURE = 0.95  # class probability of the median query, "no object" left out
 _MASK_SPREAD = 5.0  # standard deviation of the mask logits of one query
-_RESIDUAL, _SHARPNESS = 0.2, 6.0  # factors of what decoder layers add, and of the queries and keys of cross-attention
+_RESIDUAL, _SHARPNESS = 0.2, 2.0  # factors of what decoder layers add, and of the queries and keys of cross-attention
 
 
 def generator(*seeds: int) -> torch.Generator:
