@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 _AXES = {"pixels": "image size [pixels]", "queries": "queries", "targets": "targets per image"}
 _COLORS = {"ours": "tab:green", "transformers": "tab:orange", "original": "tab:blue"}
@@ -57,6 +57,9 @@ def _lines(axes: Axes, cases: Sequence[Mapping[str, Any]], key: str, unit: float
     if axis == "pixels":  # linear growth is a straight line of slope one
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         if by_side:
             (first, low), *_ = next(iter(by_side.values()))
             growth = [low * value / first for value in values]
