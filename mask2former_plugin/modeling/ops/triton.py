@@ -97,7 +97,8 @@ def _forward_kernel(
     tokens, queries, size0, size1, size2, size3, size4, size5, size6, size7,
     HEADS: constexpr, WIDTH: constexpr, LEVELS: constexpr, POINTS: constexpr,
     PLACES_STRIDE: constexpr, WEIGHTS_STRIDE: constexpr,
-    FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr, BLOCK: constexpr,
+    FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr,
+    BLOCK: constexpr,
 ):  # fmt: skip
     SAMPLES: constexpr = LEVELS * POINTS
     STRIDE: constexpr = HEADS * WIDTH
@@ -146,8 +147,9 @@ def _backward_kernel(
     tokens, queries, size0, size1, size2, size3, size4, size5, size6, size7,
     HEADS: constexpr, WIDTH: constexpr, LEVELS: constexpr, POINTS: constexpr,
     PLACES_STRIDE: constexpr, WEIGHTS_STRIDE: constexpr,
-    FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr, BLOCK: constexpr,
+    FUSED: constexpr, SUM: constexpr, BLOCK_WIDTH: constexpr,
     BLOCK_SAMPLES: constexpr, VECTOR: constexpr, NEEDS_VALUE: constexpr,
+    BLOCK: constexpr,  # last, since the tuner of Triton 3.0 counts the arguments without it
 ):  # fmt: skip
     SAMPLES: constexpr = LEVELS * POINTS
     STRIDE: constexpr = HEADS * WIDTH
