@@ -30,12 +30,14 @@ class ByHand:
             nn.Conv2d: ("convolution", self.convolution),
             nn.Linear: ("linear", lambda m, i, o: o.numel() * m.in_features),
             MultiheadAttention: ("attention", self.attention),
-            MSDeformAttn: ("samples", self.samples),
             nn.LayerNorm: ("norm", lambda m, i, o: 5 * o.numel()),
             nn.GroupNorm: ("norm", lambda m, i, o: 5 * o.numel()),
             nn.BatchNorm2d: ("norm", lambda m, i, o: 2 * o.numel()),
         }
         for module in network.modules():
+            if isinstance(module, MSDeformAttn):
+                # the encoder calls its parts, and offsets and weights come from one product
+                module.value_proj.register_forward_hook(lambda m, i, output, attn=module: self.samples(attn, output))
             for kind, (name, rule) in rules.items():
                 if isinstance(module, kind):
                     module.register_forward_hook(
@@ -55,10 +57,12 @@ class ByHand:
         self.total["projection"] += batch * width * width * (length + 2 * key.shape[1])
         return batch * length * key.shape[1] * width * 2
 
-    def samples(self, module, inputs, output):
-        # four neighbours of each sampled value
-        points = module.num_levels * module.num_points
-        return 4 * output.shape[0] * output.shape[1] * points * output.shape[2]
+    def samples(self, module, values):
+        batch, length, width = values.shape
+        predicted = module.sampling_offsets.out_features + module.attention_weights.out_features
+        self.add("linear", batch * length * width * predicted)
+        # four neighbours of each sampled value; every token asks, at points of every level
+        self.add("samples", 4 * batch * length * module.num_levels * module.num_points * width)
 
 
 def test_flops_equal_the_formulas(model):
