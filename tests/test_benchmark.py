@@ -10,10 +10,10 @@ import torch
 from mask2former_plugin.benchmark import agreement, plots, report, samples
 from mask2former_plugin.benchmark.cases import CASES, GROUPS, choose_cases
 from mask2former_plugin.benchmark.command_line import CONFIGS, main
-from mask2former_plugin.benchmark.measure import Meter, is_out_of_memory
+from mask2former_plugin.benchmark.measure import Meter, Operations, is_out_of_memory
 from mask2former_plugin.benchmark.runner import Runner, Settings
 from mask2former_plugin.benchmark.worker import Worker
-from mask2former_plugin.benchmark.workload import SIDES, number_of_bytes
+from mask2former_plugin.benchmark.workload import SIDES, NotOffered, number_of_bytes
 
 WRONG_ATTENTION = """
 import torch
@@ -266,6 +266,46 @@ def test_memory_meter_sees_a_peak():
     large = torch.ones(2**24)
     del large
     assert meter.peak() - before >= 0.9 * 2**26
+
+
+class _Product(torch.autograd.Function):
+    """A product by a module, once more by hand in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.weight, None
+
+
+def test_operations_are_counted_inside_of_autograd_functions():
+    conv, layer = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(16, 5)
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    with Operations() as counter:
+        conv(torch.randn(4, 3, 10, 12))
+        assert counter.total == 2 * 4 * 8 * 8 * 10 * 27
+        _Product.apply(x, layer).sum().backward()
+    assert counter.total == 2 * 4 * 8 * 8 * 10 * 27 + 2 * (2 * 14 * 16 * 5)
+
+
+@pytest.mark.parametrize("family", ["mask2former", "maskformer"])
+def test_checkpointed_training_has_the_same_losses(worker, tmp_path, family):
+    name = f"training/{family}-r50-512"
+    found = []
+    for side in ("ours", "ours-checkpoint"):
+        one = worker(side)
+        one.weights(name)
+        one.prepare(name)
+        one.outputs(str(tmp_path / "outputs.npz"))
+        with np.load(tmp_path / "outputs.npz") as arrays:
+            found.append(dict(arrays))
+    assert not agreement.disagreements(agreement.compare(*found, "float32"))
+    assert one.operations()["flop"] > 1e8
+    with pytest.raises(NotOffered, match="training only"):
+        one.prepare("inference/mask2former-r50-coco")
 
 
 def test_missing_memory_is_recognised():

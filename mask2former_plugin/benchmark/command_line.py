@@ -90,7 +90,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _choose_sides(names: Sequence[str] | None, originals: dict[str, Path]) -> list[str]:
     has_transformers = importlib.util.find_spec("transformers") is not None
     if names is None:
-        chosen = ["ours", "ours-bf16", "reference"]  # compiling takes minutes: on demand only
+        chosen = ["ours", "ours-bf16", "ours-checkpoint", "reference"]  # compiling takes minutes: on demand only
         return chosen + ["transformers"] * has_transformers + ["original"] * bool(originals)
     for name in names:
         if name not in SIDES:

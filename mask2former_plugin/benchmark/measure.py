@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"  # what clear_refs takes to set VmHWM back to the present size
@@ -62,6 +64,27 @@ class Meter:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _status("VmHWM")
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating-point operations of products and convolutions by PyTorch's own formulas.
+
+    ``FlopCounterMode`` counts by module, too, and fails where modules are called inside of an autograd function.
+
+    Attributes:
+        total: operations so far, a multiply-add is two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _status(field: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The sides of this package: float32, bfloat16, compiled, and the plain reference of deformable attention."""
+"""The sides of this package: float32, bfloat16, compiled, with activation checkpointing, and the plain reference of deformable attention."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ def _training(case: Case, context: Context) -> Workload:
     if context.side.compiled:
         raise NotOffered("training is not compiled")
     cfg = config(case.options, context)
+    if context.side.checkpointed:
+        cfg.MODEL.BACKBONE.USE_CHECKPOINT = cfg.MODEL.MASK_FORMER.USE_CHECKPOINT = True
+        # the pixel decoder of the MaskFormer cases has no layers to recompute
+        cfg.MODEL.SEM_SEG_HEAD.USE_CHECKPOINT = case.options["family"] == "mask2former"
     model = common.load_model(cfg, case.options, context)
     batch = common.training_batch(case.options, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
 

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mask2former_plugin.benchmark import rates
 from mask2former_plugin.benchmark.cases import CASES, Case
-from mask2former_plugin.benchmark.measure import Meter, is_out_of_memory, limit_memory, release_memory
+from mask2former_plugin.benchmark.measure import Meter, Operations, is_out_of_memory, limit_memory, release_memory
 from mask2former_plugin.benchmark.workload import SIDES, Context, NotOffered, Workload, number_of_bytes
 from mask2former_plugin.memory import keep_freed_memory
 
@@ -72,6 +71,8 @@ class Worker:
         builders = module.REFERENCE_BUILDERS if implementation == "reference" else module.BUILDERS
         if chosen.kind not in builders:
             raise NotOffered(f"{self.context.side.name} has nothing of the kind")
+        if self.context.side.checkpointed and chosen.kind != "training":
+            raise NotOffered("activations are recomputed in training only")
         if self.context.device.type == "cpu":
             limit_memory()
         self.workload = builders[chosen.kind](chosen, self.context)
@@ -112,10 +113,10 @@ class Worker:
 
     def operations(self) -> dict[str, Any]:
         """Floating-point operations of a run, and the bytes that it has to read and write at least."""
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             result = (self.workload.counted or self.workload.run)()
         moved = number_of_bytes(self.workload.inputs) + number_of_bytes(result)
-        return {"flop": counter.get_total_flops(), "bytes": moved}
+        return {"flop": counter.total, "bytes": moved}
 
     def rates(self) -> dict[str, Any]:
         """What the machine reaches."""

@@ -25,12 +25,14 @@ class Side:
         implementation: ours, reference, transformers or original.
         precision: float32 or bfloat16.
         compiled: by ``torch.compile``.
+        checkpointed: training recomputes activations, by all keys ``USE_CHECKPOINT``.
     """
 
     name: str
     implementation: str
     precision: str = "float32"
     compiled: bool = False
+    checkpointed: bool = False
 
 
 SIDES = {
@@ -38,6 +40,7 @@ SIDES = {
     for side in (
         Side("ours", "ours"),
         Side("ours-bf16", "ours", "bfloat16"),
+        Side("ours-checkpoint", "ours", checkpointed=True),
         Side("ours-compiled", "ours", "float32", True),
         Side("ours-bf16-compiled", "ours", "bfloat16", True),
         Side("reference", "reference"),
