@@ -312,6 +312,9 @@ def test_missing_memory_is_recognised():
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried")
     )
+    assert is_out_of_memory(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    )
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 

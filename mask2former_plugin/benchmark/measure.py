@@ -53,7 +53,8 @@ class Meter:
         return _status("VmRSS")
 
     def reset_peak(self) -> None:
-        """Start looking for the peak."""
+        """Start looking for the peak; what was freed and kept before must not count."""
+        release_memory()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _STATUS.exists():
@@ -124,7 +125,8 @@ def available_memory() -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory was missing."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "not enough memory" in str(error)
+    texts = ("not enough memory", "can't allocate memory")  # of PyTorch's allocators for Windows and others
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(text in str(error) for text in texts)
 
 
 def total_memory() -> int:
