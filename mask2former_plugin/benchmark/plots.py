@@ -66,7 +66,9 @@ def _lines(axes: Axes, cases: Sequence[Mapping[str, Any]], key: str, unit: float
             axes.plot(values, growth, ":", color="gray", label="linear in pixels", zorder=0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value**0.5:.0f}²"))
     else:
-        axes.set_ylim(bottom=0)
+        # the highest points are often flat: they stay below the frame and the legend
+        highest = max((value for points in by_side.values() for _, value in points), default=1)
+        axes.set_ylim(0, 1.2 * highest or 1)
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(_AXES[axis])
