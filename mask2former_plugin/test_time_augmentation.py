@@ -45,6 +45,7 @@ class WithTTA(nn.Module):
         self.model = _without_wrapper(model)
         self.image_format = cfg.INPUT.FORMAT
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
+        self.train(self.model.training)  # evaluators restore the mode of the whole, some models refuse training mode
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Results like the model's own, one dict per image."""

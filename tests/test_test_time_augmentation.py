@@ -62,6 +62,13 @@ def test_flips_of_an_equivariant_model_change_nothing():
     torch.testing.assert_close(augmented["sem_seg"], plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_that_of_the_model(training):
+    model = PixelwiseScores().train(training)
+    assert SemanticSegmentorWithTTA(config(32, flip=True), model).training == training
+    assert model.training == training
+
+
 def test_scales_are_averaged_at_the_output_size():
     x = random_input(output=(40, 60))
     model = PixelwiseScores()

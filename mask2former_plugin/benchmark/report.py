@@ -69,6 +69,7 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # optional, or run from a checkout
+    found["torch"] = torch.__version__  # names the build, which the metadata may not
     return found
 
 
