@@ -10,10 +10,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.linear import linear
+from mask2former_plugin.modeling.layers.summed_products import summed_products
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
+from mask2former_plugin.modeling.point_sampling import in_order_of_rows, sample_features
 from mask2former_plugin.modeling.target_masks import PackedMasks, common_size, resize_masks
 
 FOCAL_ALPHA = 0.25
+_GROUP = 64  # rows that are reduced together
 Match = tuple[Tensor, Tensor]
 Prediction = tuple[Tensor, MaskLogits]
 
@@ -25,18 +28,28 @@ def in_full_precision(predictions: Sequence[Mapping]) -> list[Prediction]:
     """
     converted: dict[int, Tensor] = {}
 
-    def convert(tensor: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    def convert(tensor: Tensor, channels_last: bool = False) -> Tensor:
         dtype = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
         if id(tensor) not in converted:
-            converted[id(tensor)] = tensor.to(dtype, memory_format=layout)
+            full = tensor.to(dtype)
+            converted[id(tensor)] = _channels_last(full) if channels_last else full
         return converted[id(tensor)]
 
     result = []
     for prediction in predictions:
         masks = mask_logits_of(prediction)
-        features = convert(masks.features, torch.channels_last)
+        features = convert(masks.features, channels_last=True)
         result.append((convert(prediction["pred_logits"]), MaskLogits(convert(masks.embed), features)))
     return result
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        return maps
+    # image by image, because PyTorch transposes matrices in blocks and everything else value by value
+    tables = [image.flatten(1).T.contiguous() for image in maps]
+    table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
+    return table.unflatten(1, maps.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class HungarianMatcher(nn.Module):
@@ -142,12 +155,16 @@ class _TargetMatcher:
 
     def _point_costs(self, masks: MaskLogits, points: Tensor) -> list[Tensor]:
         costs = []
-        for embed, features, packed, own in zip(masks.embed, masks.features_at(points), self.packed, points):
-            logits = linear(features, embed)  # [P, Q]
-            truth = packed.sample(own.to(logits.dtype), self.padded_size).T.contiguous()  # [n, P]
+        for embed, features, packed, own in zip(masks.embed, masks.features, self.packed, points):
+            own = in_order_of_rows(own.to(embed.dtype))
+            logits = linear(sample_features(features, own), embed)  # [P, Q]
+            truth = packed.sample(own, self.padded_size)  # [P, n and a few columns of zeros]
+            probability = logits.sigmoid()
             # -log σ(x) and -log(1 - σ(x)) differ by x, which leaves one product where the plain formula has two
-            cross_entropy = F.softplus(logits).sum(0)[:, None] - (truth @ logits).T
-            costs.append(self._mask_costs(cross_entropy / len(logits), logits.sigmoid(), truth))
+            correct = summed_products(truth, logits)
+            overlap, total = summed_products(truth, probability), _sum_of_rows(probability)
+            cross_entropy = (_sum_of_softplus(logits, probability) - correct) / len(own)
+            costs.append(self._mask_costs(cross_entropy, overlap, total, truth.sum(0))[: packed.number].T)
         return costs
 
     def _dense_costs(self, masks: MaskLogits) -> list[Tensor]:
@@ -158,15 +175,35 @@ class _TargetMatcher:
             probability = logits.sigmoid()
             if_true = FOCAL_ALPHA * (1 - probability) ** 2 * F.softplus(-logits)
             if_false = (1 - FOCAL_ALPHA) * probability**2 * F.softplus(logits)
-            focal = if_false.sum(0)[:, None] + (truth @ (if_true - if_false)).T
-            costs.append(self._mask_costs(focal / len(logits), probability, truth))
+            focal = (if_false.sum(0) + truth @ (if_true - if_false)) / len(logits)
+            costs.append(self._mask_costs(focal, truth @ probability, probability.sum(0), truth.sum(1)).T)
         return costs
 
-    def _mask_costs(self, mask_cost: Tensor, probability: Tensor, truth: Tensor) -> Tensor:
-        """Probabilities ``[P, Q]`` and truth ``[n, P]``; costs ``[Q, n]``."""
-        overlap = 2 * (truth @ probability).T
-        total = probability.sum(0)[:, None] + truth.sum(1)
-        return self.matcher.cost_mask * mask_cost + self.matcher.cost_dice * (1 - (overlap + 1) / (total + 1))
+    def _mask_costs(self, mask_cost: Tensor, overlap: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+        """Mask costs and overlaps ``[n, Q]`` and the areas of both, ``[Q]`` and ``[n]``; costs ``[n, Q]``."""
+        dice = (2 * overlap + 1) / (predicted + true[:, None] + 1)
+        return self.matcher.cost_mask * mask_cost + self.matcher.cost_dice * (1 - dice)
+
+
+def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[P, Q]`` in groups, ``[G, k, Q]``, and the rest: a CPU's thread then reduces rows that it has written."""
+    grouped = len(x) // _GROUP * _GROUP
+    return x[:grouped].unflatten(0, (grouped // _GROUP, _GROUP)), x[grouped:]
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    groups, rest = _grouped(x)
+    return groups.sum(1).sum(0) + rest.sum(0)
+
+
+def _sum_of_softplus(logits: Tensor, probability: Tensor) -> Tensor:
+    """Sums of log(1 + exp(logits)), ``[P, Q]`` to ``[Q]``; both tensors are overwritten.
+
+    log(1 + exp(x)) = max(x, 0) − log max(σ(x), 1 − σ(x)), and a sum of logarithms is the logarithm of a product.
+    """
+    certainty = probability.sub_(0.5).abs_().add_(0.5)  # within [0.5, 1]: a group's product is far from underflow
+    groups, rest = _grouped(certainty)
+    return _sum_of_rows(logits.relu_()) - groups.prod(1).log_().sum(0) - rest.log().sum(0)
 
 
 def _assign(cost: Tensor) -> Match:

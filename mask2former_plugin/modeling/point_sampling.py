@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -73,35 +74,60 @@ class LossPoints:
 
 
 def bilinear_corners(
-    points: Tensor, size: tuple[int, int], padded_size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    points: Tensor, size: tuple[int, int], padded_size: tuple[int, int], steps: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """The four pixels around each point and their weights: bilinear, ``align_corners=False``, zeros outside.
 
     Args:
         points: ``[P, 2]``, (x, y) in [0, 1] of the padded size.
         size: height and width of the map.
         padded_size: height and width that it would have after padding right and bottom.
+        steps: how far apart the pixels of neighbouring rows and of neighbouring columns lie; by default row by row.
 
     Returns:
-        rows ``[P, 2]`` and columns ``[P, 2]``, int64 within the map, and their weights ``[P, 2]`` each, 0 outside; the
-        weight of a pixel is the product.
+        where the pixels lie in the map, integers ``[P, 4]``, and their weights, 0 outside of the map, ``[P, 4]``.
     """
-    found = []
-    for place, length, padded in zip(points.unbind(1)[::-1], size, padded_size):
-        position = place * padded - 0.5
-        cell = position.floor()
-        share = position - cell
-        cells = torch.stack((cell, cell + 1), dim=1)
-        weights = torch.stack((1 - share, share), dim=1)
-        inside = cells.clamp(0, length - 1)
-        found.append((inside.long(), weights * (cells == inside)))
-    (rows, row_weights), (columns, column_weights) = found
-    return rows, columns, row_weights, column_weights
+    integers = torch.int32 if size[0] * size[1] < 2**31 else torch.int64
+    steps = steps or (size[1], 1)
+    axes = []
+    for place, length, padded, step in zip(points.unbind(1)[::-1], size, padded_size, steps):
+        position = (place * padded).sub_(0.5)
+        lower = position.floor()
+        upper_share = position.sub_(lower)
+        upper = lower + 1
+        axis = []
+        for cell, share in ((lower, 1 - upper_share), (upper, upper_share)):
+            inside = cell.clamp(0, length - 1)
+            axis.append((inside.to(integers).mul_(step), share * (inside == cell)))
+        axes.append(axis)
+    corners = list(itertools.product(*axes))
+    index = torch.stack([row + column for (row, _), (column, _) in corners], dim=1)
+    return index, torch.stack([row * column for (_, row), (_, column) in corners], dim=1)
+
+
+def in_order_of_rows(points: Tensor) -> Tensor:
+    """The same points ``[P, 2]`` from top to bottom on a CPU, whose caches like that; as they are elsewhere."""
+    if points.device.type != "cpu":
+        return points
+    # NumPy sorts 16 bits by counting, in 40 µs where torch takes 600
+    order = np.argsort((points[:, 1] * (2**16 - 1)).int().numpy().astype(np.uint16), kind="stable")
+    pairs = torch.view_as_complex(points)  # a pair of coordinates moves as one number
+    return torch.view_as_real(pairs.index_select(0, torch.from_numpy(order)))
 
 
 def sample_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of rows of a table: ``[N, C]``, ``[P, K]``, ``[P, K]`` to ``[P, C]``."""
     return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+
+
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Features of one image at points, ``[C, H, W]`` and ``[P, 2]`` to ``[P, C]``; bilinear, zeros outside.
+
+    A sample is a weighted sum of four rows of a table, which is much faster on CPUs than ``grid_sample``; the table is
+    a copy unless the channels of a pixel lie side by side.
+    """
+    index, weights = bilinear_corners(points.to(features.dtype), features.shape[1:], features.shape[1:])
+    return sample_rows(features.flatten(1).T.contiguous(), index, weights)
 
 
 def sample_logits(logits: Tensor, points: Tensor) -> Tensor:

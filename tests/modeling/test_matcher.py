@@ -4,8 +4,9 @@ import pytest
 import torch
 from mask_classification_reference import matches_at_points, matches_on_pixels, padded, random_targets
 
+from mask2former_plugin.modeling.layers.summed_products import summed_products
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
-from mask2former_plugin.modeling.matcher import HungarianMatcher
+from mask2former_plugin.modeling.matcher import HungarianMatcher, _sum_of_softplus, in_full_precision
 
 SIZE = (32, 48)
 WEIGHTS = (2.0, 5.0, 3.0)
@@ -42,6 +43,40 @@ def test_least_cost_of_all_assignments(numbers, num_points):
     assert as_pairs(matches) == expected
     assert all(index.dtype == torch.int64 and index.device.type == "cpu" for match in matches for index in match)
     assert torch.equal(torch.rand(3), after), "as many random numbers as the original"
+
+
+@pytest.mark.parametrize("points", [0, 1, 63, 64, 200])
+def test_sum_of_softplus_by_products_of_certainties(points):
+    # an underflowing product, the ends of the range of exp and the linear part among them
+    logits = torch.cat([torch.randn(points, 7) * 10, torch.full((points, 1), 1e-4), torch.full((points, 1), -200.0)], 1)
+    logits[points // 2 :, 3] = 300.0
+    expected = torch.nn.functional.softplus(logits.double()).sum(0)
+    found = _sum_of_softplus(logits, logits.sigmoid())
+    # a certainty of float32 is off by 2**-25 at most
+    torch.testing.assert_close(found.double(), expected, atol=points * 2.0**-25, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "left", "right"), [(0, 3, 2), (5, 0, 2), (70, 3, 5), (20000, 9, 30), (9973, 64, 100)])
+def test_summed_products(rows, left, right):
+    first, second = torch.randn(rows, left + 2)[:, 1:-1], torch.randn(rows, right)
+    expected = first.double().T @ second.double()
+    found = summed_products(first, second)
+    assert found.shape == (left, right)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6 * max(rows, 1) ** 0.5 * 4, rtol=1e-5)
+    torch.testing.assert_close(summed_products(first.double(), second.double()), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_features_become_channels_last_once(batch):
+    shared = prediction(batch)["mask_logits"].features.float().requires_grad_()
+    outputs = [prediction(batch, dtype=torch.float32) for _ in range(2)]
+    for some in outputs:
+        some["mask_logits"] = MaskLogits(some["mask_logits"].embed, shared)
+    first, second = (masks.features for _, masks in in_full_precision(outputs))
+    assert first is second
+    assert first.is_contiguous(memory_format=torch.channels_last) and torch.equal(first, shared)
+    noise = torch.randn_like(first)
+    assert torch.equal(torch.autograd.grad((first * noise).sum(), shared)[0], noise)
 
 
 def test_dense_masks_of_a_foreign_decoder_give_the_same():

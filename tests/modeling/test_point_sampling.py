@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from mask2former_plugin.modeling import point_sampling
-from mask2former_plugin.modeling.point_sampling import DeferredRand, LossPoints, sample_logits, uncertain_points
+from mask2former_plugin.modeling.point_sampling import (
+    DeferredRand,
+    LossPoints,
+    bilinear_corners,
+    in_order_of_rows,
+    sample_features,
+    sample_logits,
+    uncertain_points,
+)
 
 
 def test_deferred_values_are_those_of_rand(monkeypatch):
@@ -34,6 +42,41 @@ def test_sample_logits_equals_grid_sample_mask_by_mask():
         )
     sampled.sum().backward()
     assert logits.grad.abs().sum() > 0
+
+
+def test_corners_of_points_in_and_around_a_padded_map():
+    points = torch.rand(500, 2, dtype=torch.float64) * 1.4 - 0.2
+    for size, padded in (((5, 7), (5, 7)), ((5, 7), (8, 9)), ((1, 1), (4, 4))):
+        values = torch.randn(size, dtype=torch.float64)
+        full = torch.zeros(padded, dtype=torch.float64)
+        full[: size[0], : size[1]] = values
+        expected = F.grid_sample(full[None, None], (2 * points - 1)[None, None], align_corners=False)[0, 0, 0]
+        for steps, stored in (((size[1], 1), values), ((1, size[0]), values.T)):
+            index, weights = bilinear_corners(points, size, padded, steps)
+            torch.testing.assert_close((stored.flatten()[index.long()] * weights).sum(1), expected, rtol=0, atol=1e-12)
+        row_by_row = bilinear_corners(points, size, padded, (size[1], 1))
+        assert all(map(torch.equal, bilinear_corners(points, size, padded), row_by_row))
+
+
+def test_order_of_rows_keeps_the_points():
+    for dtype in (torch.float32, torch.float64):
+        points = torch.rand(300, 2, dtype=dtype)
+        ordered = in_order_of_rows(points)
+        assert sorted(ordered.tolist()) == sorted(points.tolist())
+        assert ordered[:, 1].diff().min() > -(2.0**-15)
+    assert in_order_of_rows(points[:0]).shape == (0, 2)
+
+
+def test_sample_features_equals_grid_sample():
+    features = torch.randn(4, 9, 7, dtype=torch.float64, requires_grad=True)
+    points = torch.rand(50, 2, dtype=torch.float64)
+    expected = F.grid_sample(features[None], (2 * points - 1)[None, None], align_corners=False)[0, :, 0].T
+    noise = torch.randn_like(expected)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = sample_features(features[None].contiguous(memory_format=layout)[0], points)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        pair = [torch.autograd.grad((x * noise).sum(), features, retain_graph=True)[0] for x in (found, expected)]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
 
 
 def test_uncertain_points_are_those_nearest_to_the_edge():

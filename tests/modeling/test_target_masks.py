@@ -35,12 +35,24 @@ def test_sampling_equals_grid_sample_of_the_padded_masks(dtype, size, padded_siz
     expected = F.grid_sample(padded_copy(masks, padded_size)[None], (2 * points - 1)[None, None], align_corners=False)[
         0, :, 0
     ]
-    torch.testing.assert_close(PackedMasks(masks).sample(points, padded_size).T, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(PackedMasks(masks).sample(points, padded_size).T[:5], expected, atol=1e-5, rtol=0)
     own = torch.rand(3, 60, 2)
     expected = F.grid_sample(
         padded_copy(masks[:1], padded_size).expand(3, 1, -1, -1), (2 * own - 1)[:, None], align_corners=False
     )[:, 0, 0]
     torch.testing.assert_close(sample_mask(masks[0], own, padded_size), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("number", [1, 8, 9, 17, 33, 64, 65, 131])
+def test_any_number_of_masks_is_sampled(number):
+    masks = torch.rand(number, 13, 22) < 0.5
+    points = torch.rand(300, 2)
+    found = PackedMasks(masks).sample(points, (16, 32))
+    assert found.shape == (300, -(-number // 8) * 8)
+    grid = (2 * points - 1)[None, None]
+    expected = F.grid_sample(padded_copy(masks, (16, 32))[None], grid, align_corners=False)[0, :, 0]
+    torch.testing.assert_close(found[:, :number].T, expected, atol=1e-5, rtol=0)
+    assert not found[:, number:].any()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (50, 3), (32, 40)])
