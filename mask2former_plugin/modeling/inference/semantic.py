@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from mask2former_plugin.modeling.inference.light_outputs import LabelMap
+from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.inference.upsampling import (
     AxisResize,
     Buffers,
     ImageMasks,
     Range,
     Tiles,
+    empty_result,
     first_largest,
     resize_block,
 )
@@ -62,7 +64,7 @@ class SemanticTask:
             result = torch.empty(self._size, dtype=torch.int64, device=device)
             candidates = self._candidates(masks, *([source for source, _ in axis] for axis in sources))
         else:
-            result = self.weights.new_empty((len(self.weights), *self._size))
+            result = empty_result((len(self.weights), *self._size), self.weights.dtype, device)
         buffers = Buffers(device)
         for t, (rows, columns) in enumerate(tiles):
             target = result[..., slice(*rows), slice(*columns)]
@@ -76,8 +78,7 @@ class SemanticTask:
             row, column = divmod(t, len(tiles.columns))
             (row_source, row_weights), (column_source, column_weights) = sources[0][row], sources[1][column]
             probability = masks.block(row_source, column_source, buffers=buffers).sigmoid_()
-            scores = buffers("scores", (len(weights), *probability.shape[1:]), probability.dtype)
-            torch.mm(weights, probability.flatten(1), out=scores.view(len(weights), -1))
+            scores = product(weights, probability.flatten(1)).view(-1, *probability.shape[1:])
             if masks.size != self._size:
                 resized = buffers("resized", (len(weights), *target.shape[-2:]), scores.dtype)
                 scores = resize_block(scores, row_weights, column_weights, resized)

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mask2former_plugin.modeling.layers.products import product
 
 # Height and width of a tile, and of one in which all masks are computed. On a CPU small tiles stay in the cache and
 # tell more precisely where a mask may be; a GPU wants more work per kernel.
@@ -176,10 +179,9 @@ def resize_block(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None
     Args:
         out: for the result, contiguous.
     """
-    if out is None:
-        out = maps.new_empty((len(maps), len(rows), len(columns)))
-    torch.mm((rows @ maps).flatten(0, 1), columns.T, out=out.view(-1, len(columns)))
-    return out
+    # columns first: there are fewer rows to treat before they are resized than after
+    wide = product(maps.flatten(0, 1), columns.T).view(len(maps), -1, len(columns))
+    return torch.bmm(rows.expand(len(maps), -1, -1), wide, out=out)
 
 
 class ImageMasks:
@@ -270,6 +272,15 @@ class ImageMasks:
             highs += [high[:, slice(*columns)].amax(1) for columns in column_sources]
         slack = _ROUNDING * self.logits.abs().amax() if len(self.logits) else 0.0
         return (torch.stack(lows, dim=1) - slack).cpu(), (torch.stack(highs, dim=1) + slack).cpu()
+
+
+def empty_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a large result."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # NumPy, other than torch, asks for huge pages: the kernel hands out and zeroes fewer than a hundredth as many
+    memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(*shape)
 
 
 def first_largest(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mask2former_plugin.modeling.inference.instance import InstanceTask
 from mask2former_plugin.modeling.inference.light_outputs import LabelMap, RunLengths, encode_changes, without_pairs
 from mask2former_plugin.modeling.inference.panoptic import PanopticTask
+from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.inference.semantic import SemanticTask
 from mask2former_plugin.modeling.inference.tasks import Task, full_precision, masks_of_task
 from mask2former_plugin.modeling.inference.upsampling import (
@@ -22,6 +23,7 @@ from mask2former_plugin.modeling.inference.upsampling import (
     Range,
     Tiles,
     Window,
+    empty_result,
     first_largest,
 )
 from mask2former_plugin.modeling.inference.windows import (
@@ -103,7 +105,7 @@ class SemanticWindows:
             if self._label_map:
                 self._result = torch.empty(self._size, dtype=torch.int64, device=masks.device)
             else:
-                self._result = task.weights.new_empty((len(task.weights), *self._size))
+                self._result = empty_result((len(task.weights), *self._size), task.weights.dtype, masks.device)
         self._open.append((placed, task.weights, masks))
 
     def finish(self, row: int) -> None:
@@ -126,8 +128,7 @@ class SemanticWindows:
                 continue
             own = shifted(ranges, (window.output_rows[0], window.output_columns[0]))
             probability = masks.block(*own, buffers=self._buffers).sigmoid_()
-            scores = self._buffers("scores", (number, *probability.shape[1:]), dtype)
-            torch.mm(weights, probability.flatten(1), out=scores.view(number, -1))
+            scores = product(weights, probability.flatten(1)).view(-1, *probability.shape[1:])
             vertical, horizontal = (
                 axis_weights(length, *shared, scores)[slice(*part)]
                 for length, shared, part in zip(window.output_size, placed.shared, own)
