@@ -14,6 +14,8 @@ from mask2former_plugin.modeling.layers import (
     reference_points,
     sine_position_encoding,
 )
+from mask2former_plugin.modeling.layers import attention
+from mask2former_plugin.modeling.layers.linear import fuses
 from mask2former_plugin.modeling.layers.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -60,12 +62,38 @@ def test_attention_equals_torch(randomize, self_attention, masked):
         torch.testing.assert_close(actual[name], wanted[name], **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_attention_without_gradients(randomize, monkeypatch, dtype, tolerance, masked):
+    ours = randomize(MultiheadAttention(24, 4)).to(dtype)
+    theirs = twin(ours, nn.MultiheadAttention(24, 4, batch_first=True))
+    query, key, value = (torch.randn(3, n, 24).to(dtype) for n in (7, 50, 50))
+    if not fuses(key, ours.in_proj_weight):
+        pytest.skip("no fused linear layers here")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    allowed = blocked = None
+    if masked:
+        allowed = torch.rand(3, 1, 7, 50) < 0.3
+        allowed[..., 0] = True
+        allowed[1, :, 2, 1:] = False  # a query that sees a single place
+        blocked = ~allowed.expand(-1, 4, -1, -1).flatten(0, 1)
+    expected = theirs(query.double(), key.double(), value.double(), attn_mask=blocked)[0]
+    whole = ours(query, key, value, allowed)
+    monkeypatch.setattr(attention, "_SCORES", 120)  # two queries at once
+    for output in (whole, ours(query, key, value, allowed), ours(query.float(), key, value, allowed)):
+        assert output.dtype == dtype
+        assert (output - expected).norm() < tolerance * expected.norm()
+
+
 def test_attention_dropout_only_in_training():
-    attention = MultiheadAttention(8, 2, dropout=0.5)
-    x = torch.randn(1, 6, 8)
-    assert not torch.equal(attention(x, x, x), attention(x, x, x))
-    attention.eval()
-    assert torch.equal(attention(x, x, x), attention(x, x, x))
+    layer = MultiheadAttention(8, 2, dropout=0.5)
+    x, memory = torch.randn(1, 6, 8), torch.randn(1, 30, 8)
+    assert not torch.equal(layer(x, x, x), layer(x, x, x))
+    with torch.no_grad():
+        assert not torch.equal(layer(x, memory, memory), layer(x, memory, memory))
+    layer.eval()
+    assert torch.equal(layer(x, x, x), layer(x, x, x))
 
 
 @pytest.mark.parametrize("build", [lambda: MultiheadAttention(10, 4), lambda: MSDeformAttn(10, 1, 4, 1)])

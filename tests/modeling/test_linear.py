@@ -1,4 +1,7 @@
-"""Linear layers through the convolution against ``F.linear``, and token-wise functions in pieces against one call."""
+"""Linear layers through the convolution or fused against ``F.linear``, and token-wise functions in pieces against one
+call."""
+
+import contextlib
 
 import pytest
 import torch
@@ -6,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from mask2former_plugin.modeling.layers import linear as module
-from mask2former_plugin.modeling.layers.linear import Linear, linear, recomputes_pieces, token_wise
+from mask2former_plugin.modeling.layers.linear import (
+    Linear,
+    fused_linear,
+    fuses,
+    linear,
+    linear_add,
+    linear_relu,
+    recomputes_pieces,
+    token_wise,
+)
 
 # float32, sums of up to 96 products of size 1: about ten times the rounding of one sum
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
@@ -14,6 +26,12 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}
 needs_fast_path = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
     reason="this torch has no MKL or no oneDNN, F.linear is used everywhere",
+)
+
+
+needs_fusion = pytest.mark.skipif(not module._HAS_FUSED, reason="this torch has no fused linear layers")
+needs_bfloat16 = pytest.mark.skipif(
+    not (module._HAS_FUSED and module._calculates_in_bfloat16()), reason="this CPU does not calculate in bfloat16"
 )
 
 
@@ -68,19 +86,78 @@ def test_any_memory_layout(convolutions):
     "x, context",
     [
         (torch.randn(600, 8, dtype=torch.float64), torch.no_grad()),
-        (torch.randn(600, 8, dtype=torch.bfloat16), torch.no_grad()),
-        (torch.randn(255, 8), torch.no_grad()),
+        (torch.randn(600, 8, dtype=torch.float16), torch.no_grad()),
+        (torch.randn(255, 8), contextlib.nullcontext()),
         (torch.randn(0, 8), torch.no_grad()),
         (torch.randn(600, 8), torch.autocast("cpu", torch.bfloat16)),
         (torch.randn(600, 8), torch.backends.mkldnn.flags(enabled=False)),
     ],
-    ids=["float64", "bfloat16", "few rows", "no rows", "autocast", "oneDNN off"],
+    ids=["float64", "float16", "few rows", "no rows", "autocast", "oneDNN off"],
 )
 def test_everything_else_is_the_plain_operator(convolutions, x, context):
     layer = Linear(8, 3).to(x.dtype)
     with context:
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not convolutions
+
+
+FUSED_DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+
+
+@needs_fusion
+@pytest.mark.parametrize("dtype", FUSED_DTYPES)
+@pytest.mark.parametrize("shape", [(300, 96), (2, 7, 33), (1, 8)], ids=lambda shape: "x".join(map(str, shape)))
+@torch.no_grad()
+def test_fused_without_gradients(convolutions, dtype, shape):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(shape[-1], 17).to(dtype), torch.randn(shape).to(dtype)
+    addend, dropout = torch.randn(*shape[:-1], 17).to(dtype), nn.Dropout(0.5).eval()
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert fuses(x, layer.weight)
+    for bias in (layer.bias, None):
+        expected = exact if bias is not None else exact - layer.bias.double()
+        check_rounding(linear(x, layer.weight, bias), expected, dtype)
+    check_rounding(linear_relu(x, layer), exact.relu(), dtype)
+    check_rounding(linear_add(x, layer, dropout, addend), exact + addend.double(), dtype, roundings=2)
+    assert not convolutions
+
+
+def check_rounding(actual, expected, dtype, roundings=1):
+    """Sums of products in float32, then ``roundings`` to half a place of the dtype, of numbers below 8."""
+    assert actual.dtype == dtype and actual.is_contiguous() and expected.abs().max() < 8
+    atol = TOLERANCE["atol"] + (roundings * 2**-6 if dtype == torch.bfloat16 else 0)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol)
+
+
+@needs_fusion
+@torch.no_grad()
+def test_fused_product_of_any_memory_layout():
+    torch.manual_seed(1)
+    x, weight = torch.randn(40, 64)[:, ::2], torch.randn(32, 50)
+    for w in (weight.t(), weight.t().contiguous(), torch.randn(70, 64)[::2, 32:], torch.randn(1, 32).expand(5, 32)):
+        assert fuses(x, w)
+        expected = F.linear(x.double(), w.double())
+        torch.testing.assert_close(fused_linear(x, w).double(), expected, **TOLERANCE)
+
+
+@needs_fusion
+def test_sum_with_a_linear_layer_under_gradients_and_dropout():
+    torch.manual_seed(2)
+    layer, x, addend = nn.Linear(6, 4), torch.randn(50, 6, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    kept = addend.detach().clone()
+    for dropout in (nn.Dropout(0.0), nn.Dropout(0.5).eval()):
+        found = torch.autograd.grad(linear_add(x, layer, dropout, addend).square().sum(), (x, addend, layer.weight))
+        wanted = torch.autograd.grad((addend + layer(x)).square().sum(), (x, addend, layer.weight))
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        dropped = (linear_add(x, layer, nn.Dropout(0.5), addend) - addend).div(2)
+        product = layer(x)
+    zero = dropped.abs() < 1e-6
+    assert 40 < zero.sum() < 160  # of 200, half on average
+    torch.testing.assert_close(dropped[~zero], product[~zero], rtol=1e-5, atol=1e-6)
+    assert torch.equal(addend, kept)
+    with torch.no_grad():  # a sum of two dtypes has the wider one
+        assert linear_add(x.bfloat16(), layer.bfloat16(), dropout, addend).dtype == torch.float32
 
 
 def test_compilers_and_tracers_see_the_plain_operator(convolutions):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear, linear
+from mask2former_plugin.modeling.layers.linear import Linear, fused_linear, fuses, linear
+
+# scores that are treated at once: 8 MB
+_SCORES = 2**21
+# a score that is lower by this much has no weight
+_NEVER = 1e30
 
 
 class MultiheadAttention(nn.Module):
@@ -57,6 +64,8 @@ class MultiheadAttention(nn.Module):
             ``[B, Q, C]``.
         """
         width = self.embed_dim
+        if query is not key and fuses(key, self.in_proj_weight) and not (self.training and self.dropout):
+            return self.out_proj(self._attend_without_gradients(query, key, value, allowed))
         if query is key:
             q, k = linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, dim=2)
         else:
@@ -71,3 +80,32 @@ class MultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+    def _attend_without_gradients(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+        """The heads' results side by side, ``[B, Q, C]``, for what :func:`fuses` on CPUs.
+
+        Twice as fast as the fused attention there: all products go through oneDNN, a head at a time, with keys and
+        values as rows of channels. A bias of the keys would add the same to all scores of a query, which changes no
+        weight; that of the values comes last, since the weights sum up to 1. Scores and softmax are in float32.
+        """
+        of_query, of_key, of_value = self.in_proj_weight.split(self.embed_dim)
+        bias_of_query, _, bias_of_value = self.in_proj_bias.split(self.embed_dim)
+        q = linear(query.to(of_query.dtype), of_query, bias_of_query).unflatten(2, (self.num_heads, -1))
+        q = q.float().div_(math.sqrt(q.shape[3])).transpose(1, 2).contiguous()
+        length = max(1, _SCORES // key.shape[1])
+        images = []
+        for image in range(len(q)):
+            keys = fused_linear(of_key, key[image]).float().chunk(self.num_heads)
+            values = fused_linear(of_value, value[image]).chunk(self.num_heads)
+            mask = None if allowed is None else allowed[image, 0].float().sub_(1).mul_(_NEVER).split(length)
+            heads = []
+            for of_head, k, v in zip(q[image], keys, values):
+                parts = []
+                for number, part in enumerate(of_head.split(length)):
+                    scores = fused_linear(part, k.t())
+                    if mask is not None:
+                        scores += mask[number]
+                    parts.append(fused_linear(scores.softmax(1).to(v.dtype), v))
+                heads.append(torch.cat(parts))
+            images.append(torch.cat(heads, dim=1))
+        return torch.stack(images).add_(bias_of_value)

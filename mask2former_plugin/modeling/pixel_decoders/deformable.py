@@ -13,7 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
-from mask2former_plugin.modeling.layers.linear import Linear, recomputes_pieces, rectified, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, linear_add, linear_relu, recomputes_pieces, token_wise
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -58,8 +58,9 @@ class DeformableEncoderLayer(RunsLayers):
         return self.self_attn.attend(x + pos, x, sizes, points)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self.norm1(x + self.dropout(self.self_attn.output_proj(attended)))
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(rectified(self.linear1(x))))))
+        x = self.norm1(linear_add(attended, self.self_attn.output_proj, self.dropout, x))
+        hidden = self.dropout(linear_relu(x, self.linear1))
+        return self.norm2(linear_add(hidden, self.linear2, self.dropout, x))
 
 
 class _LayerStack(nn.Module):

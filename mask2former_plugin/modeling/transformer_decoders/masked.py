@@ -10,11 +10,12 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
-from mask2former_plugin.modeling.layers.linear import rectified
+from mask2former_plugin.modeling.layers.linear import linear, rectified
 from mask2former_plugin.modeling.layers.mlp import MLP
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.layers.transformer import xavier_init
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
+from mask2former_plugin.modeling.ops.sampling import traced
 from mask2former_plugin.modeling.recomputation import RunsLayers
 from mask2former_plugin.modeling.transformer_decoders.projection import input_projection
 from mask2former_plugin.modeling.transformer_decoders.registry import TRANSFORMER_DECODER_REGISTRY
@@ -87,7 +88,10 @@ def allowed_places(embed: Tensor, features: Tensor) -> Tensor:
     Returns:
         bool, ``[B, 1, Q, S]``; no row is all False.
     """
-    inside = embed @ features >= 0  # sigmoid >= 0.5
+    # on CPUs the many places as the weights of a linear layer
+    linear_in_places = embed.device.type == "cpu" and not traced()
+    logits = torch.stack([linear(e, f.t()) for e, f in zip(embed, features)]) if linear_in_places else embed @ features
+    inside = logits >= 0  # sigmoid >= 0.5
     return (inside | ~inside.any(dim=2, keepdim=True)).unsqueeze(1)
 
 
