@@ -10,16 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mask2former_plugin.modeling.dense_losses import dense_losses
 from mask2former_plugin.modeling.mask_logits import MaskLogits, multiply_out
-from mask2former_plugin.modeling.matcher import FOCAL_ALPHA, HungarianMatcher, Match, Prediction, in_full_precision
-from mask2former_plugin.modeling.point_losses import MatchedMasks, point_losses
+from mask2former_plugin.modeling.matched_masks import MatchedMasks
+from mask2former_plugin.modeling.matcher import HungarianMatcher, Match, Prediction, in_full_precision
+from mask2former_plugin.modeling.point_losses import Points, point_losses
 from mask2former_plugin.modeling.point_sampling import LossPoints, uncertain_points
-from mask2former_plugin.modeling.target_masks import common_size, decoded, pad_masks
-
-# Full-size masks of the dense loss are made a few at a time: at most so many pixels at once (16 MB in float32).
-_PIXELS_AT_ONCE = 2**22
+from mask2former_plugin.modeling.target_masks import common_size
 
 
 class SetCriterion(nn.Module):
@@ -116,12 +114,7 @@ class SetCriterion(nn.Module):
                 losses["loss_ce"] = self._class_losses([logits for logits, _ in predictions], targets, pairs)
             if "masks" in self.losses:
                 masks = [masks for _, masks in predictions]
-                if self.num_points:
-                    sums = self._point_losses(masks, targets, pairs, padded_size, points)
-                else:
-                    sums = zip(
-                        *(dense_losses(some, targets, own, padded_size) for some, own in zip(masks, pairs))
-                    )
+                sums = self._mask_losses(masks, targets, pairs, padded_size, points)
                 losses["loss_mask"], losses["loss_dice"] = ([s / num_masks for s in of_kind] for of_kind in sums)
         return {
             name + suffix: of_kind[i] for i, (suffix, _) in enumerate(named) for name, of_kind in losses.items()
@@ -207,38 +200,34 @@ class SetCriterion(nn.Module):
         sizes = [batch * queries for batch, queries in shapes]
         return [e.sum() / w.sum() for e, w in zip(errors.split(sizes), weight[classes].split(sizes))]
 
-    def _point_losses(
+    def _mask_losses(
         self,
         masks: Sequence[MaskLogits],
         targets: Sequence[Mapping],
         matches: Sequence[Sequence[Match]],
         padded_size: tuple[int, int],
         points: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Cross-entropy and dice loss of each prediction, summed over masks."""
-        cross_entropy, dice = [None] * len(masks), [None] * len(masks)
+    ) -> Tensor:
+        """Cross-entropy or focal loss and dice loss, summed over the masks of each prediction, ``[2, predictions]``."""
+        found = masks[0].embed.new_zeros((2, len(masks)))
         by_features: dict[int, list[int]] = {}
         for number, some in enumerate(masks):
             by_features.setdefault(id(some.features), []).append(number)
         for numbers in by_features.values():
             group = [masks[number] for number in numbers]
-            rows = _matched_rows([(some.embed.shape[1], matches[number]) for some, number in zip(group, numbers)])
+            rows = _matched_rows([(number, masks[number].embed.shape[1], matches[number]) for number in numbers])
             order = sorted(range(len(rows)), key=lambda i: rows[i][1:3])
             host = torch.tensor([(rows[i][0], i, rows[i][3]) for i in order], dtype=torch.int64).view(-1, 3).T
-            embed_row, place, prediction = host.contiguous().to(group[0].embed.device, non_blocking=True)
+            embed_row, place, prediction = host.contiguous().to(found.device, non_blocking=True)
             embed = torch.cat([some.embed.flatten(0, 1) for some in group]).index_select(0, embed_row)
-            matched = MatchedMasks(
-                [rows[i][1:3] for i in order],
-                torch.cat([points[number] for number in numbers]),
-                place,
-                [t["masks"] for t in targets],
-                padded_size,
-            )
-            losses = torch.stack(point_losses(embed, group[0].features, matched))
-            sums = losses.new_zeros((2, len(numbers))).index_add(1, prediction, losses)
-            for column, number in enumerate(numbers):
-                cross_entropy[number], dice[number] = sums[:, column]
-        return cross_entropy, dice
+            matched = MatchedMasks([rows[i][1:3] for i in order], [t["masks"] for t in targets], padded_size)
+            if self.num_points:
+                where = Points(torch.cat([points[number] for number in numbers]), place)
+                losses = point_losses(embed, group[0].features, matched, where)
+            else:
+                losses = dense_losses(embed, group[0].features, matched)
+            found = found.index_add(1, prediction, torch.stack(losses))
+        return found
 
 
 def _takes_turns(device: torch.device) -> bool:
@@ -246,14 +235,14 @@ def _takes_turns(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _matched_rows(predictions: Sequence[tuple[int, Sequence[Match]]]) -> list[tuple[int, int, int, int]]:
-    """Row in the embeddings of all predictions, image, target and prediction of every match.
+def _matched_rows(predictions: Sequence[tuple[int, int, Sequence[Match]]]) -> list[tuple[int, int, int, int]]:
+    """Row in the embeddings of all these predictions, image, target and number of the prediction of every match.
 
     Args:
-        predictions: number of queries and matches of each image of each prediction.
+        predictions: number, queries and matches of each image of each prediction.
     """
     rows, start = [], 0
-    for number, (queries, matches) in enumerate(predictions):
+    for number, queries, matches in predictions:
         for image, (query, target) in enumerate(matches):
             rows += [(start + q, image, t, number) for q, t in zip(query.tolist(), target.tolist())]
             start += queries
@@ -269,45 +258,6 @@ def average_number_of_masks(targets: Sequence[Mapping], device: torch.device) ->
     total = torch.tensor(number, device=device)
     dist.all_reduce(total)
     return (total / workers).clamp(min=1)
-
-
-def dice_losses(probability: Tensor, truth: Tensor) -> Tensor:
-    """1 − dice of each row, smoothed by one in numerator and denominator; ``[N, P]`` to ``[N]``."""
-    return 1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1)
-
-
-def dense_losses(
-    masks: MaskLogits, targets: Sequence[Mapping], matches: Sequence[Match], padded_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Focal (mean over pixels) and dice loss of the matched masks at the size of the padded images, summed over masks.
-
-    The full-size maps of a few masks at a time exist, in the forward and again in the backward pass.
-    """
-    at_once = max(1, _PIXELS_AT_ONCE // (padded_size[0] * padded_size[1]))
-    logits = masks.select(*_flat_matches(matches))
-    focal = dice = logits.sum() * 0
-    for target, match, own_logits in zip(targets, matches, logits.split([len(match[1]) for match in matches])):
-        for some_logits, some in zip(own_logits.split(at_once), match[1].split(at_once)):
-            sums = checkpoint(
-                _dense_losses,
-                some_logits,
-                decoded(target["masks"], some),
-                padded_size,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            focal, dice = focal + sums[0], dice + sums[1]
-    return focal, dice
-
-
-def _dense_losses(logits: Tensor, masks: Tensor, padded_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    logits = F.interpolate(logits[:, None], size=padded_size, mode="bilinear", align_corners=False).flatten(1)
-    truth = pad_masks(masks, padded_size).flatten(1).to(logits.dtype)
-    probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    miss = probability + truth - 2 * probability * truth  # 1 - probability of the truth
-    weight = FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)
-    return (weight * cross_entropy * miss**2).mean(1).sum(), dice_losses(probability, truth).sum()
 
 
 def _flat_matches(matches: Sequence[Match]) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from mask2former_plugin.modeling.dense_losses import FOCAL_ALPHA
 from mask2former_plugin.modeling.layers.linear import linear
 from mask2former_plugin.modeling.layers.summed_products import summed_products
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.point_sampling import in_order_of_rows, sample_features
 from mask2former_plugin.modeling.target_masks import PackedMasks, common_size, resize_masks
 
-FOCAL_ALPHA = 0.25
 _GROUP = 64  # rows that are reduced together
+_VALUES_IN_CACHE = 2**18  # logits that a CPU works on together when they are dense
 Match = tuple[Tensor, Tensor]
 Prediction = tuple[Tensor, MaskLogits]
 
@@ -133,6 +134,7 @@ class _TargetMatcher:
         self.matcher = matcher
         self.targets = targets
         self.padded_size = padded_size
+        self.resized: dict[tuple[int, int], list[Tensor]] = {}
         self.packed = [PackedMasks(t["masks"]) for t in targets] if matcher.num_points else []
 
     @torch.no_grad()
@@ -169,15 +171,21 @@ class _TargetMatcher:
 
     def _dense_costs(self, masks: MaskLogits) -> list[Tensor]:
         costs = []
-        for logits, target in zip(masks.dense(), self.targets):
-            truth = resize_masks(target["masks"], masks.size, self.padded_size).flatten(1).to(logits.dtype)
-            logits = logits.flatten(1).T
-            probability = logits.sigmoid()
-            if_true = FOCAL_ALPHA * (1 - probability) ** 2 * F.softplus(-logits)
-            if_false = (1 - FOCAL_ALPHA) * probability**2 * F.softplus(logits)
-            focal = (if_false.sum(0) + truth @ (if_true - if_false)) / len(logits)
-            costs.append(self._mask_costs(focal, truth @ probability, probability.sum(0), truth.sum(1)).T)
+        for embed, features, truth in zip(masks.embed, masks.features, self._resized(masks.size)):
+            sums: list[Tensor | float] = [0.0] * 4
+            at_once = max(1, _VALUES_IN_CACHE // len(embed)) if features.device.type == "cpu" else len(truth)
+            for pixels, true in zip(features.flatten(1).T.split(at_once), truth.split(at_once)):
+                found = _dense_sums(linear(pixels, embed), true.to(embed.dtype))
+                sums = [total + some for total, some in zip(sums, found)]
+            costs.append(self._mask_costs(sums[0] / len(truth), *sums[1:]).T)
         return costs
+
+    def _resized(self, size: tuple[int, int]) -> list[Tensor]:
+        """Truth of each image at the size of the predictions, bool ``[P, n]``; made for all predictions of a size."""
+        if size not in self.resized:
+            masks = [resize_masks(t["masks"], size, self.padded_size).flatten(1) for t in self.targets]
+            self.resized[size] = [some.T.contiguous() for some in masks]
+        return self.resized[size]
 
     def _mask_costs(self, mask_cost: Tensor, overlap: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
         """Mask costs and overlaps ``[n, Q]`` and the areas of both, ``[Q]`` and ``[n]``; costs ``[n, Q]``."""
@@ -194,6 +202,17 @@ def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
 def _sum_of_rows(x: Tensor) -> Tensor:
     groups, rest = _grouped(x)
     return groups.sum(1).sum(0) + rest.sum(0)
+
+
+def _dense_sums(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Focal losses ``[n, Q]`` of pixels ``[P, Q]`` and ``[P, n]``, overlaps ``[n, Q]``, areas ``[Q]`` and ``[n]``."""
+    probability = logits.sigmoid()
+    if_false = F.softplus(logits)
+    improbability = 1 - probability
+    if_true = (if_false - logits).mul_(improbability).mul_(improbability).mul_(FOCAL_ALPHA)
+    if_false.mul_(probability).mul_(probability).mul_(1 - FOCAL_ALPHA)
+    focal = _sum_of_rows(if_false) + summed_products(truth, if_true.sub_(if_false))
+    return focal, summed_products(truth, probability), _sum_of_rows(probability), truth.sum(0)
 
 
 def _sum_of_softplus(logits: Tensor, probability: Tensor) -> Tensor:

@@ -207,11 +207,6 @@ def resize_masks(masks: Masks, size: tuple[int, int], padded_size: tuple[int, in
     return resized
 
 
-def pad_masks(masks: Tensor, padded_size: tuple[int, int]) -> Tensor:
-    """The masks padded right and bottom with zeros, ``[n, *padded_size]``, same dtype."""
-    return F.pad(masks, (0, padded_size[1] - masks.shape[-1], 0, padded_size[0] - masks.shape[-2]))
-
-
 def common_size(masks: Sequence[Masks]) -> tuple[int, int]:
     """The smallest size that holds all the masks."""
     return max(m.shape[-2] for m in masks), max(m.shape[-1] for m in masks)

@@ -15,6 +15,7 @@ from mask_classification_reference import (
 from pycocotools import mask as coco_masks
 
 from mask2former_plugin.modeling import criterion as criterion_module
+from mask2former_plugin.modeling import dense_losses as dense_losses_module
 from mask2former_plugin.modeling import point_losses as point_losses_module
 from mask2former_plugin.modeling import point_sampling
 from mask2former_plugin.modeling.criterion import SetCriterion
@@ -103,7 +104,8 @@ def test_batch_without_targets_trains_all_parameters(num_points):
 def test_points_and_maps_in_pieces_change_nothing(monkeypatch):
     targets = random_targets((3, 4), [SIZE, (20, 20)], CLASSES)
     for num_points, module, limit in (
-        (0, criterion_module, "_PIXELS_AT_ONCE"),
+        (0, dense_losses_module, "_VALUES_AT_ONCE"),
+        (0, dense_losses_module, "_VALUES_IN_CACHE"),
         (POINTS, point_sampling, "_KEPT_VALUES"),
         (POINTS, point_losses_module, "_VALUES_AT_ONCE"),
     ):
