@@ -81,6 +81,8 @@ def _add_head_keys(cfg: CfgNode) -> None:
 def _add_mask_former_keys(cfg: CfgNode) -> None:
     # True: recompute residual or Swin blocks in the backward pass; for Swin the same as SWIN.USE_CHECKPOINT
     cfg.MODEL.BACKBONE.USE_CHECKPOINT = False
+    # True: training keeps fewer activations and runs cheap steps again in the backward pass; the same up to rounding
+    cfg.MODEL.LEAN_TRAINING = True
     cfg.MODEL.KEEP_FREED_MEMORY = True  # on a CPU the process stays at its peak memory, and a third faster for it
     cfg.MODEL.ALLOW_RANDOM_WEIGHTS = False  # True: evaluate a model even if MODEL.WEIGHTS leaves weights random
     cfg.MODEL.MASK_FORMER = CfgNode(

@@ -33,7 +33,7 @@ from mask2former_plugin.modeling.inference.window_results import (
 from mask2former_plugin.modeling.inference.windows import WindowOptions, window_grid
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.matcher import HungarianMatcher
-from mask2former_plugin.modeling.recomputation import recompute_activations
+from mask2former_plugin.modeling.recomputation import recompute_activations, train_leanly
 from mask2former_plugin.modeling.target_masks import Masks, RunLengthMasks
 
 
@@ -124,9 +124,11 @@ class MaskFormer(nn.Module):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """Arguments of the constructor from a config."""
         backbone = build_backbone(cfg)
+        sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
+        if cfg.MODEL.LEAN_TRAINING:
+            train_leanly(backbone, sem_seg_head)
         if cfg.MODEL.BACKBONE.USE_CHECKPOINT:
             recompute_activations(backbone, "MODEL.BACKBONE.USE_CHECKPOINT")
-        sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         options = cfg.MODEL.MASK_FORMER
         datasets = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
         return {

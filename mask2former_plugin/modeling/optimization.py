@@ -12,6 +12,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers import MultiheadAttention
+from mask2former_plugin.modeling.lean_resnet import LeanStem
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -165,7 +166,7 @@ class FusedBlock(nn.Module):
         return _convolve(x, last, total)
 
 
-_FUSED = {BasicStem: FusedStem, BasicBlock: FusedBlock, BottleneckBlock: FusedBlock}
+_FUSED = {BasicStem: FusedStem, LeanStem: FusedStem, BasicBlock: FusedBlock, BottleneckBlock: FusedBlock}
 
 
 class InferenceOnly:

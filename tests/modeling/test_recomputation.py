@@ -4,13 +4,20 @@ import copy
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import build_model, build_sem_seg_head
 from detectron2.structures import Instances
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former_plugin.modeling.layers import linear
 from mask2former_plugin.modeling.pixel_decoders import build_pixel_decoder
-from mask2former_plugin.modeling.recomputation import RecomputedSequential, recompute_activations
+from mask2former_plugin.modeling.recomputation import (
+    RecomputedSequential,
+    RunsLayers,
+    recompute_activations,
+    train_leanly,
+)
 
 KEYS = ("MODEL.BACKBONE.USE_CHECKPOINT", "MODEL.SEM_SEG_HEAD.USE_CHECKPOINT", "MODEL.MASK_FORMER.USE_CHECKPOINT")
 RESNET = [
@@ -33,6 +40,14 @@ def model_of(cfg):
     return build_model(cfg).train()
 
 
+def run_counting(module, inputs):
+    """What a module gives, and the number of values that the graph keeps."""
+    kept = {}
+    with saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        result = module(inputs)
+    return result, sum(kept.values())
+
+
 def step(model):
     """Losses, gradients and the number of values that the graph keeps, for one batch and one seed."""
     generator = torch.Generator().manual_seed(1)
@@ -43,20 +58,20 @@ def step(model):
         instances.gt_masks = torch.rand(count, 64, 96, generator=generator) > 0.5
         image = torch.randint(0, 256, (3, 64, 96), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances})
-    kept = {}
     torch.manual_seed(2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
-        losses = model(batch)
+    losses, kept = run_counting(model, batch)
     sum(losses.values()).backward()
     after = torch.rand(3)  # the random stream goes on where it would have
-    return losses, {name: p.grad for name, p in model.named_parameters()}, sum(kept.values()), after
+    return losses, {name: p.grad for name, p in model.named_parameters()}, kept, after
 
 
+@pytest.mark.parametrize("lean", [False, True], ids=["all", "lean"])
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("kind", [[], MASKFORMER], ids=["mask2former", "maskformer"])
-def test_same_losses_and_gradients(small_config, key, kind):
-    plain = model_of(small_config(*RESNET, *COMMON, *kind))
-    recomputed = model_of(small_config(*RESNET, *COMMON, *kind, key, True))
+def test_same_losses_and_gradients(small_config, key, kind, lean):
+    options = [*RESNET, *COMMON, *kind, "MODEL.LEAN_TRAINING", lean]
+    plain = model_of(small_config(*options))
+    recomputed = model_of(small_config(*options, key, True))
     assert list(plain.state_dict()) == list(recomputed.state_dict())
     losses, gradients, kept, after = step(plain)
     own_losses, own_gradients, own_kept, own_after = step(recomputed)
@@ -71,8 +86,104 @@ def test_same_losses_and_gradients(small_config, key, kind):
             torch.testing.assert_close(own_gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [[], MASKFORMER], ids=["mask2former", "maskformer"])
+def test_lean_training_changes_rounding_only(small_config, kind, dropout):
+    options = [*RESNET, *COMMON, *kind, "MODEL.MASK_FORMER.DROPOUT", dropout]
+    plain, lean = (model_of(small_config(*options, "MODEL.LEAN_TRAINING", lean)).double() for lean in (False, True))
+    assert list(plain.state_dict()) == list(lean.state_dict())
+    losses, gradients, kept, after = step(plain)
+    own_losses, own_gradients, own_kept, own_after = step(lean)
+    assert own_kept < 0.95 * kept  # of both, most are the weights of this small model
+    assert torch.equal(after, own_after)
+    for name, loss in losses.items():
+        torch.testing.assert_close(own_losses[name], loss, rtol=1e-8, atol=1e-12)
+    for name, gradient in gradients.items():
+        if gradient is None:
+            assert own_gradients[name] is None, name
+        else:  # norms of maps of a few pixels magnify the rounding of folded weights a million times
+            assert (own_gradients[name] - gradient).norm() <= 1e-7 * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+@pytest.mark.parametrize("key", [None, *KEYS[1:]])
+def test_lean_heads_equal_plain_ones(small_config, input_shape, norm, key):
+    torch.manual_seed(0)
+    features = {
+        name: torch.randn(2, s.channels, 96 // s.stride, 64 // s.stride, dtype=torch.float64)
+        for name, s in input_shape.items()
+    }
+    found = []
+    for lean in (False, True):
+        cfg = small_config("MODEL.SEM_SEG_HEAD.NORM", norm, *([key, True] if key else []))
+        torch.manual_seed(1)
+        head = build_sem_seg_head(cfg, input_shape).double().train()
+        if lean:
+            train_leanly(nn.Identity(), head)
+        inputs = {name: f.clone().requires_grad_() for name, f in features.items()}
+        outputs, kept = run_counting(head, inputs)
+        loss = outputs["pred_logits"].square().sum() + outputs["mask_logits"].dense().square().mean()
+        loss.backward()
+        gradients = [p.grad for p in head.parameters() if p.grad is not None]
+        found.append(([loss, *gradients, *(f.grad for f in inputs.values()), *head.buffers()], kept))
+    assert found[1][1] < found[0][1]
+    for ours, plain in zip(found[1][0], found[0][0]):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-13)
+
+
+class Convolves(RunsLayers):
+    """A 3×3 convolution between cheap steps; what it gives may be overwritten."""
+
+    recompute_cheap_steps = True
+
+    def __init__(self, overwrites):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 2, 3)
+        self.overwrites = overwrites
+
+    def convolve(self, x):
+        x = self.second(self.first(x).sigmoid())
+        return (x.add_(1.0) if self.overwrites else x + 1.0).sigmoid().square()
+
+    def forward(self, x):
+        return self.run_lean(self.convolve, x)
+
+
+def test_second_backward_pass():
+    torch.manual_seed(0)
+    module = Convolves(overwrites=False).double()
+    x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    loss = module(x).sum()
+    expected = torch.autograd.grad(module.convolve(x).sum(), [x, *module.parameters()])
+    for retain in (True, False):
+        found = torch.autograd.grad(loss, [x, *module.parameters()], retain_graph=retain)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other)
+
+
+def test_overwritten_results_are_an_error():
+    loss = Convolves(overwrites=True)(torch.randn(1, 2, 5, 6)).sum()
+    with pytest.raises(RuntimeError, match="MODEL.LEAN_TRAINING keeps"):
+        loss.backward()
+
+
+def test_costly_operators_run_once():
+    calls = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default:
+                calls.append(tuple(args[1].shape[2:]))
+            return func(*args, **(kwargs or {}))
+
+    with Counts():
+        Convolves(overwrites=False)(torch.randn(1, 2, 5, 6)).sum().backward()
+    assert calls == [(1, 1), (3, 3), (1, 1)]
+
+
 def test_copies_recompute_their_own_layers(small_config):
-    model = model_of(small_config(*RESNET, *COMMON, *(word for key in KEYS for word in (key, True))))
+    keys = [word for key in KEYS for word in (key, True)]
+    model = model_of(small_config(*RESNET, *COMMON, *keys, "MODEL.LEAN_TRAINING", False))
     assert isinstance(model.backbone.res3, RecomputedSequential)
     clone = copy.deepcopy(model)
     with torch.no_grad():

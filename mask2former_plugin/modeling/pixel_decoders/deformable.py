@@ -48,7 +48,7 @@ class DeformableEncoderLayer(RunsLayers):
 
     def forward(self, x: Tensor, pos: Tensor, sizes: list[tuple[int, int]], points: Tensor) -> Tensor:
         """Tokens ``[B, S, C]`` with position encoding ``[S, C]`` and places ``[S, 2]`` to ``[B, S, C]``."""
-        attended = self.run_layer(self._attend, x, pos, sizes, points)
+        attended = self.run_lean(self._attend, x, pos, sizes, points)
         hidden = self.linear1.out_features
         if self.recomputing() and not recomputes_pieces(self, x, hidden):
             return self.run_layer(self._finish, x, attended)
@@ -215,15 +215,24 @@ class MSDeformAttnPixelDecoder(RunsLayers):
         """
         projected = [project(features[name]) for project, name in zip(self.input_proj, self.transformer_in_features)]
         maps = self.transformer(projected)
-        for number in range(len(self.fpn_features), 0, -1):
-            feature = features[self.fpn_features[number - 1]]
-            maps.append(self.run_layer(self._add_finer_level, number, feature, maps[-1]))
-        return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+        for number in range(len(self.fpn_features), 1, -1):
+            maps.append(self.run_lean(self._add_finer_level, number, self._feature(features, number), maps[-1]))
+        if not self.fpn_features:
+            return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+        finest, embedding = self.run_lean(self._add_finest_level, self._feature(features, 1), maps[-1])
+        return embedding, maps[0], [*maps, finest][:NUM_DECODER_LEVELS]
+
+    def _feature(self, features: dict[str, Tensor], number: int) -> Tensor:
+        return features[self.fpn_features[number - 1]]
 
     def _add_finer_level(self, number: int, feature: Tensor, coarser: Tensor) -> Tensor:
         lateral = self.get_submodule(f"adapter_{number}")(feature)
         x = lateral + upsampled_like(coarser, lateral, "bilinear")
         return self.get_submodule(f"layer_{number}")(x)
+
+    def _add_finest_level(self, feature: Tensor, coarser: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._add_finer_level(1, feature, coarser)
+        return x, self.mask_features(x)
 
     def forward(self, features: dict[str, Tensor]) -> PixelFeatures:
         """See :meth:`forward_features`."""

@@ -234,7 +234,7 @@ class MultiScaleMaskedTransformerDecoder(RunsLayers):
             level = number % NUM_LEVELS
             allowed = allowed_places(predictions[-1]["mask_logits"].embed, mask_levels[level])
             cross_attention = self.transformer_cross_attention_layers[number]
-            output = self.run_layer(cross_attention, output, query_pos, keys[level], memories[level], allowed)
+            output = self.run_lean(cross_attention, output, query_pos, keys[level], memories[level], allowed)
             output = self.run_layer(self.transformer_self_attention_layers[number], output, query_pos)
             output = self.run_layer(self.transformer_ffn_layers[number], output)
             predictions.append(self._predict(output, mask_features))

@@ -1,0 +1,193 @@
+"""Lean ResNets: values and gradients of Detectron2's own modules, from fewer kept tensors."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from mask2former_plugin.modeling import lean_resnet
+from mask2former_plugin.modeling.lean_resnet import LeanStage, LeanStem, train_resnet_leanly
+from mask2former_plugin.modeling.optimization import optimize_for_inference
+
+FEATURES = ["res2", "res3", "res4"]
+
+
+def stage(block_class, length, in_channels, out_channels, stride, norm, **more):
+    strides = [stride] + [1] * (length - 1)
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    return ResNet.make_stage(block_class, length, stride_per_block=strides, norm=norm, **channels, **more)
+
+
+def resnet(kind, norm="FrozenBN", freeze_at=0):
+    """Three stages of odd kinds: groups, dilation, the stride in either place, with and without shortcut."""
+    torch.manual_seed(0)
+    if kind == "basic":
+        stages = [stage(BasicBlock, *of, norm) for of in ((3, 8, 8, 1), (2, 8, 16, 2), (1, 16, 32, 2))]
+    else:
+        stages = [
+            stage(BottleneckBlock, 3, 8, 16, 1, norm, bottleneck_channels=4),
+            stage(BottleneckBlock, 2, 16, 32, 2, norm, bottleneck_channels=8, num_groups=2, stride_in_1x1=True),
+            stage(BottleneckBlock, 2, 32, 64, 2, norm, bottleneck_channels=16, dilation=2),
+        ]
+    network = ResNet(BasicStem(3, 8, norm), stages, out_features=FEATURES, freeze_at=freeze_at).train()
+    for module in network.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            with torch.no_grad():
+                module.weight.normal_()
+                module.bias.normal_()
+    return network
+
+
+def pair(*args, **kwargs):
+    """The network as Detectron2 has it, and a lean copy."""
+    network = resnet(*args, **kwargs)
+    lean = copy.deepcopy(network)
+    assert train_resnet_leanly(lean)
+    assert type(lean.stem) is LeanStem and all(type(s) is LeanStage for s in lean.stages)
+    return network, lean
+
+
+def run(network, x):
+    """Feature maps and gradients by name, and the number of values that the graph keeps."""
+    kept = {}
+    with saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        features = network(x)
+    differentiate(features)
+    result = {**features, **{name: p.grad for name, p in network.named_parameters()}, "image": x.grad}
+    return result, sum(kept.values())
+
+
+def differentiate(features):
+    generator = torch.Generator().manual_seed(1)
+    directions = (torch.randn(f.shape, generator=generator, dtype=torch.float64) for f in features.values())
+    sum((f * direction).sum() for f, direction in zip(features.values(), directions)).backward()
+
+
+def compare(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        if wanted is None:
+            assert actual[name] is None, name
+        else:
+            assert actual[name].dtype == wanted.dtype and actual[name].shape == wanted.shape, name
+            assert (actual[name] - wanted).double().norm() <= tolerance * wanted.double().norm(), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("keeps_wide", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_values_and_gradients(kind, dtype, tolerance, keeps_wide, channels_last):
+    plain, lean = (network.to(dtype) for network in pair(kind))
+    for lean_stage in lean.stages:
+        lean_stage.keeps_wide = keeps_wide
+    assert list(plain.state_dict()) == list(lean.state_dict())
+    x = torch.randn(2, 3, 67, 93, dtype=dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    expected, kept = run(plain, x.clone().requires_grad_())
+    found, own_kept = run(lean, x.clone().requires_grad_())
+    compare(found, expected, tolerance)  # the norms are part of the weights: other rounding
+    assert own_kept < (0.9 if kind == "basic" and keeps_wide else 0.6) * kept
+
+
+def test_gradcheck():
+    _, lean = pair("bottleneck")
+    x = torch.rand(1, 8, 4, 3, dtype=torch.float64, requires_grad=True)
+    # small steps, which cross no kink of a ReLU with these numbers
+    assert torch.autograd.gradcheck(lean.double().stages[0], x, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze_at", [1, 2, 5])
+def test_frozen_parts_get_no_gradients(freeze_at):
+    plain, lean = pair("bottleneck", freeze_at=freeze_at)
+    x = torch.randn(1, 3, 64, 64)
+    if freeze_at == 5:
+        assert not any(f.requires_grad for f in lean(x).values())
+        return
+    expected, _ = run(plain, x)
+    found, _ = run(lean, x)
+    compare(found, expected, 1e-5)
+    assert found["stem.conv1.weight"] is None and found["res4.0.conv1.weight"] is not None
+
+
+def test_a_frozen_weight_inside():
+    plain, lean = pair("bottleneck")
+    for network in (plain, lean):
+        network.res3[0].conv2.weight.requires_grad_(False)
+        network.res2[0].shortcut.weight.requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64)
+    compare(run(lean, x)[0], run(plain, x)[0], 1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_autocast_is_as_exact_as_the_modules(layout):
+    plain, lean = pair("bottleneck")
+    x = torch.randn(2, 3, 64, 96).contiguous(memory_format=layout)
+    exact, _ = run(copy.deepcopy(plain).double(), x.double())
+    found = []
+    for network in (plain, lean):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network(x)
+        assert all(f.dtype == torch.bfloat16 for f in features.values())
+        differentiate(features)
+        found.append({**features, **{name: p.grad for name, p in network.named_parameters()}})
+    ratios = []
+    for name, value in found[1].items():
+        assert value.dtype == found[0][name].dtype
+        error, usual = ((v.double() - exact[name]).norm() for v in (value, found[0][name]))
+        ratios.append((error / usual if usual else error + 1).item())  # some ReLUs let nothing through
+    assert torch.tensor(ratios).median() < 1.5  # rounded less often, but which ReLUs let pass what is chance
+
+
+def test_without_onednn(monkeypatch):
+    plain, lean = pair("bottleneck")
+    monkeypatch.setattr(lean_resnet, "_has_fused_steps", lambda x: False)
+    x = torch.randn(1, 3, 64, 64)
+    compare(run(lean, x)[0], run(plain, x)[0], 1e-5)
+
+
+def test_no_images():
+    plain, lean = pair("bottleneck")
+    x = torch.randn(0, 3, 64, 64)
+    for network in (plain, lean):
+        features = network(x)
+        assert [f.shape for f in features.values()] == [(0, 16, 16, 16), (0, 32, 8, 8), (0, 64, 4, 4)]
+        sum(f.sum() for f in features.values()).backward()
+        assert not any(p.grad.any() for p in network.parameters())
+
+
+def test_hooks_are_called_and_exchanged_norms_count():
+    plain, lean = pair("bottleneck")
+    seen = []
+    for network in (plain, lean):
+        network.res2[1].conv2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        network.res3[0].conv1.norm = nn.Sequential(nn.Identity())
+        network.stem.conv1.norm = nn.Identity()
+    x = torch.randn(1, 3, 64, 64)
+    compare(run(lean, x)[0], run(plain, x)[0], 1e-5)
+    assert len(seen) == 2 and torch.allclose(*seen, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN", ""])
+def test_other_norms_stay(norm):
+    network = ResNet(BasicStem(3, 32, norm), [stage(BasicBlock, 1, 32, 32, 1, norm)])
+    assert not train_resnet_leanly(network)
+    assert not train_resnet_leanly(nn.Linear(1, 1))
+
+
+def test_inference_of_a_lean_network():
+    plain, lean = pair("bottleneck")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain.eval()(x)
+        for found in (lean.eval()(x), optimize_for_inference(lean)(x)):
+            compare(found, expected, 1e-5)
+    optimised = optimize_for_inference(lean)
+    assert not any(isinstance(m, (FrozenBatchNorm2d, LeanStem)) for m in optimised.modules())
