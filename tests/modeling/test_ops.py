@@ -170,6 +170,33 @@ def test_logits_of_any_size_and_in_half_precision():
         torch.testing.assert_close(f, w.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+def test_small_and_large_logits_together():
+    """Those of a chunk decide how it is treated; a logit that is no number concerns its own token and head only."""
+    torch.manual_seed(4)
+    value, offsets, logits = arguments(queries=6)
+    points = torch.rand(6, 2, dtype=torch.float64)
+    small = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits)
+    for stray in (90.0, -2000.0, float("nan")):
+        changed = logits.clone()
+        changed[0, 2, 1, 0, 0] = stray
+        output = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, changed).unflatten(2, value.shape[2:])
+        expected = small.unflatten(2, value.shape[2:]).clone()
+        weights = changed[0, 2, 1].flatten().softmax(0).view_as(changed[0, 2, 1])
+        places = points[2] + offsets[0, 2, 1] / torch.tensor([size[::-1] for size in SHAPES])[:, None]
+        one_head = loops(value[:1, :, 1:2], SHAPES, places[None, None, None], weights[None, None, None])
+        expected[0, 2, 1] = one_head
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12, equal_nan=True)
+        assert expected[0, 2, 1].isnan().all() == (stray != stray)
+
+
+def test_autocast_does_not_reach_inside():
+    value, offsets, logits = arguments(torch.float32)
+    points = torch.rand(offsets.shape[1], 2)
+    expected = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits), expected)
+
+
 def test_gradients_on_pixel_centres():
     """The derivative jumps there, and there all points are when training starts: both take the one to the right."""
     shapes = [(8, 8)]  # eighths are exact

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.linear import Linear, linear
 from mask2former_plugin.modeling.ops import ms_deform_attn_from_logits
+from mask2former_plugin.modeling.ops.sampling import traced
 
 
 def reference_points(spatial_shapes: Sequence[tuple[int, int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -87,9 +88,18 @@ class MSDeformAttn(nn.Module):
         """The heads' results side by side, ``[B, T, C]``: what :meth:`forward` gives before the output projection."""
         samples = (self.num_heads, self.num_levels, self.num_points)
         values = self.value_proj(value).unflatten(2, (self.num_heads, -1))
-        both = (self.sampling_offsets, self.attention_weights)  # one product is faster than two
-        predicted = linear(query, torch.cat([x.weight for x in both]), torch.cat([x.bias for x in both]))
+        offsets, logits = self._predict(query, samples)
+        return ms_deform_attn_from_logits(values, spatial_shapes, points, offsets, logits)
+
+    def _predict(self, query: Tensor, samples: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Offsets ``[B, T, M, L, P, 2]`` and logits ``[B, T, M, L, P]`` of one product, which is faster than two."""
+        both = (self.sampling_offsets, self.attention_weights)
+        weights, biases = [x.weight for x in both], [x.bias for x in both]
+        planes = query.device.type == "cpu" and not traced()
+        if planes:  # x and y of all samples one after the other instead of in turns: they are copied at once
+            weights[0] = weights[0].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+            biases[0] = biases[0].unflatten(0, (-1, 2)).t().flatten()
+        predicted = linear(query, torch.cat(weights), torch.cat(biases))
         offsets, logits = predicted.split([x.out_features for x in both], dim=2)
-        return ms_deform_attn_from_logits(
-            values, spatial_shapes, points, offsets.unflatten(2, (*samples, 2)), logits.unflatten(2, samples)
-        )
+        offsets = offsets.unflatten(2, (2, *samples)).movedim(2, -1) if planes else offsets.unflatten(2, (*samples, 2))
+        return offsets, logits.unflatten(2, samples)

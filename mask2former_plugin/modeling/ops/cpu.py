@@ -11,8 +11,9 @@ table is the product of the transposed matrices and the gradients: ``embedding_b
 brought the entries into the order of the cells.
 
 Heads are treated one after the other (several together where maps are small or threads are many) and tokens in chunks,
-so that what is being worked on stays in the cache. The memory on top of inputs and results is that of these heads. The
-order of the sums does not depend on the threads.
+so that what is being worked on stays in the cache. The heads' cells take turns in the table, and all arrays of samples are ordered by token,
+head, level and point, the order that the layer predicts them in. The memory on top of inputs and results is that of
+these heads. The order of the sums does not depend on the threads.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from torch import Tensor
 
 BORDER = 2
 # samples that are treated together, per thread; they take about a hundred bytes each
-SAMPLES = 2**16
+SAMPLES = 2**17
+# logits without anything larger need no shift before the exponential function
+_SAFE_LOGIT = 40.0
 
 with warnings.catch_warnings():
     # PyTorch says once that sparse matrices are in beta, which concerns this module and not its users
@@ -37,37 +40,38 @@ with warnings.catch_warnings():
 
 
 class _Maps:
-    """Layout of the padded maps of a head in a table of ``cells`` rows.
+    """Layout of the padded maps of some heads in a table of ``cells`` rows, the heads taking turns.
 
     A line of a map starts with two zeros (those of the next line end it), a map with two lines of zeros. All lines are
     as long as those of the widest map.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], heads: int) -> None:
+        self.heads = heads
         self.shapes = list(zip(sizes[::2], sizes[1::2]))
-        self.stride = max(width for _, width in self.shapes) + BORDER
+        self.width = max(width for _, width in self.shapes) + BORDER
         self.starts = []
         lines = 0
         for height, _ in self.shapes:
             self.starts.append(lines)
             lines += height + BORDER
         self.lines = lines + BORDER
+        self.stride = self.width * heads
         self.cells = self.lines * self.stride
         # from the upper left corner to the upper right, the lower left and the lower right one
-        self.corners = (0, 1, self.stride, self.stride + 1)
+        self.corners = (0, heads, self.stride, self.stride + heads)
 
-    def table(self, value: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """Zeros, ``[heads * cells, D]`` and as many more as the corners of the last cell need."""
-        return value.new_zeros((heads * self.cells + self.corners[-1], value.shape[-1]), dtype=dtype)
+    def table(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros, ``[cells, D]`` and as many more as the corners of the last cell need."""
+        return value.new_zeros((self.cells + self.corners[-1], value.shape[-1]), dtype=dtype)
 
     def pairs(self, table: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views ``[G, H, W, D]`` of each map in a table and in ``[S, G, D]``."""
-        heads = value.shape[1]
-        padded = table[: heads * self.cells].unflatten(0, (heads, self.lines, self.stride))
-        levels = value.transpose(0, 1).split([height * width for height, width in self.shapes], dim=1)
+        """Views ``[H, W, G, D]`` of each map in a table and in ``[S, G, D]``, of no more heads than the table is for."""
+        padded = table[: self.cells].unflatten(0, (self.lines, self.width, self.heads))
+        levels = value.split([height * width for height, width in self.shapes])
         for start, (height, width), level in zip(self.starts, self.shapes, levels):
-            inner = padded[:, start + BORDER : start + BORDER + height, BORDER : BORDER + width]
-            yield inner, level.unflatten(1, (height, width))
+            inner = padded[start + BORDER : start + BORDER + height, BORDER : BORDER + width, : value.shape[1]]
+            yield inner, level.unflatten(0, (height, width))
 
 
 def _reordered(x: Tensor, order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -77,56 +81,57 @@ def _reordered(x: Tensor, order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class _Sampler:
-    """Cells and weights of the samples of some tokens and heads."""
+    """Cells and weights of the samples of some tokens."""
 
-    def __init__(self, maps: _Maps, points: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, maps: _Maps, points: Tensor | None, tokens: int, samples: int, dtype: torch.dtype) -> None:
         """
         Args:
             points: of all tokens, see :func:`_attention`.
-            shape: the largest number of heads and of tokens that are sampled together, and L·P.
+            tokens: the largest number of tokens that are sampled together.
+            samples: L·P.
         """
         # constants are as large as what they are applied to: broadcasting over a few points costs more than arithmetic
         levels = len(maps.shapes)
-        shape = (*shape[:2], levels, shape[2] // levels)
+        shape = (tokens, maps.heads, levels, samples // levels)
         sizes = torch.tensor([[width for _, width in maps.shapes], [height for height, _ in maps.shapes]], dtype=dtype)
         sizes = sizes[:, None, None, :, None]
-        self.extent = sizes.expand(2, *shape).flatten(3)
-        self.most = self.extent + (BORDER + 0.5)
-        self.least = torch.full_like(self.most, 0.5)
+        self.most = (sizes + (BORDER + 0.5)).expand(2, *shape).flatten(3)
         self.shift = torch.tensor(BORDER - 0.5, dtype=dtype)
-        self.origin = None
-        if points is not None:
-            origin = torch.addcmul(self.shift, points.t()[:, None, :, None, None], sizes)
-            self.origin = origin.expand(-1, -1, -1, -1, shape[3]).flatten(3)
+        self.extent = self.origin = None
+        if points is None:
+            self.extent = sizes.expand(2, *shape).flatten(3)
+        else:
+            origin = torch.addcmul(self.shift, points.t()[:, :, None, None, None], sizes)
+            self.origin = origin.expand(2, len(points), *shape[1:]).flatten(3)
         first = torch.tensor(maps.starts, dtype=torch.int32)[:, None] * maps.stride
-        first = first + torch.arange(shape[0], dtype=torch.int32)[:, None, None, None] * maps.cells
+        first = first + torch.arange(maps.heads, dtype=torch.int32)[:, None, None]
         self.first = first.expand(shape).flatten(2)
-        self.stride = maps.stride
+        self.heads, self.stride = maps.heads, maps.stride
 
     def __call__(
         self, places: Tensor, attention: Tensor, tokens: slice, rows: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            places: ``[T, G, L·P, 2]``, of some tokens and heads.
-            attention: ``[G, T, L·P]``.
+            places: ``[T, G, L·P, 2]``, of some tokens.
+            attention: ``[T, G, L·P]``.
             tokens: which tokens.
-            rows: where the upper left cells are written to, int32, ``[G, T, L·P]``.
-            weights: where the weights of the four corners are written to, ``[4, G, T, L·P]``.
+            rows: where the upper left cells are written to, int32, ``[T, G, L·P]``.
+            weights: where the weights of the four corners are written to, ``[4, T, G, L·P]``.
 
         Returns:
-            the shares of the right column and of the lower line, ``[G, T, L·P]``.
+            the shares of the right column and of the lower line, ``[T, G, L·P]``.
         """
-        chunk = (slice(None), slice(places.shape[1]), slice(places.shape[0]))
-        position = _reordered(places, (3, 1, 0, 2), attention.dtype)
+        length, heads = places.shape[:2]
+        position = _reordered(places, (3, 0, 1, 2), attention.dtype)
         if self.origin is None:
-            torch.addcmul(self.shift, position, self.extent[chunk], out=position)
+            torch.addcmul(self.shift, position, self.extent[:, :length, :heads], out=position)
         else:
-            position += self.origin[:, :, tokens]
+            position += self.origin[:, tokens, :heads]
         # not a number goes to the border, too, instead of becoming an index
-        torch.clamp(position.nan_to_num_(0.0), self.least[chunk], self.most[chunk], out=position)
+        torch.minimum(position.nan_to_num_(0.0), self.most[:, :length, :heads], out=position).clamp_(min=0.5)
         column, line = position.int()
-        torch.add(column, line, alpha=self.stride, out=rows).add_(self.first[chunk[1:]])
+        torch.add(self.first[:length, :heads], column, alpha=self.heads, out=rows).add_(line, alpha=self.stride)
         right, lower = position.frac_()
         upper_left, upper_right, lower_left, lower_right = weights
         torch.mul(lower, attention, out=lower_left)
@@ -149,33 +154,40 @@ class _Work:
         self.dtype = places.dtype if points is None else points.dtype
         self.batch, self.length, self.heads, self.samples = self.weights.shape
         limit = SAMPLES * torch.get_num_threads()
-        # several heads only if they are treated with all tokens at once
         self.group = min(self.heads, max(1, limit // max(1, self.length * self.samples)))
-        self.chunk = self.length if self.group > 1 else max(1, min(self.length, limit // self.samples))
-        self.maps = _Maps(sizes)
-        self.table = self.maps.table(value, self.group, self.dtype)
-        self.sample = _Sampler(self.maps, points, (self.group, self.chunk, self.samples), self.dtype)
+        self.chunk = max(1, min(self.length, limit // (self.group * self.samples)))
+        self.maps = _Maps(sizes, self.group)
+        self.table = self.maps.table(value, self.dtype)
+        self.sample = _Sampler(self.maps, points, self.chunk, self.samples, self.dtype)
         self.ends = torch.arange(0, self.group * self.length + 1, dtype=torch.int32) * self.samples
+        self.ones = self.table.new_ones(self.samples, self.samples)
 
-    def groups(self) -> Iterator[tuple[int, slice, int]]:
-        """Image, heads, and the number of the cells of their maps, which are in the table."""
+    def groups(self) -> Iterator[tuple[int, slice]]:
+        """Image and heads, whose maps are in the table."""
         for image in range(self.batch):
             for start in range(0, self.heads, self.group):
                 heads = slice(start, min(start + self.group, self.heads))
                 for inner, level in self.maps.pairs(self.table, self.value[image, :, heads]):
                     inner.copy_(level)
-                yield image, heads, (heads.stop - heads.start) * self.maps.cells
+                yield image, heads
 
     def chunks(self, image: int, heads: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Tokens, their places ``[T, G, L·P, 2]`` and attention weights ``[G, T, L·P]``."""
-        for start in range(0, self.length, max(1, self.chunk)):
+        """Tokens, their places ``[T, G, L·P, 2]`` and attention weights ``[T, G, L·P]``."""
+        for start in range(0, self.length, self.chunk):
             tokens = slice(start, min(start + self.chunk, self.length))
-            attention = _reordered(self.weights[image, tokens, heads], (1, 0, 2), self.dtype)
+            attention = _reordered(self.weights[image, tokens, heads], (0, 1, 2), self.dtype)
             if self.softmax:
-                # in steps: PyTorch's own goes row by row, which is slow for short rows
-                attention.sub_(attention.amax(-1, keepdim=True)).exp_()
-                attention /= attention.sum(-1, keepdim=True)
+                self._softmax(attention)
             yield tokens, self.places[image, tokens, heads], attention
+
+    def _softmax(self, logits: Tensor) -> None:
+        """In place and in steps: PyTorch's own goes row by row, which is slow for short rows, as is a sum of rows."""
+        least, most = logits.aminmax()
+        if not -_SAFE_LOGIT < least <= most < _SAFE_LOGIT:
+            logits.sub_(logits.amax(-1, keepdim=True))
+        logits.exp_()
+        with torch.autocast("cpu", enabled=False):
+            logits /= (logits.flatten(0, 1) @ self.ones).view_as(logits)
 
     def buffers(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for the upper left cells and the weights of the corners of some tokens and all heads of a group."""
@@ -191,7 +203,7 @@ def _bag_sums(rows: Tensor, table: Tensor, ends: Tensor, weights: Tensor) -> Ten
 def _entry_gradients(
     rows: Tensor, corners: Sequence[int], ends: Tensor, grads: Tensor, table: Tensor, cells: int
 ) -> list[Tensor]:
-    """The product of a token's gradient and a row of the table, for every sample's four corners, ``[G, T, L·P]``."""
+    """The product of a token's gradient and a row of the table, for every sample's four corners, ``[T, G, L·P]``."""
     products = []
     for corner in corners:
         entries = table.new_zeros(rows.numel())
@@ -249,7 +261,8 @@ def _attention(
     work = _Work(value, points, places, weights, sizes)
     output = value.new_empty(work.batch, work.length, work.heads, value.shape[3])
     all_rows, all_entries = work.buffers(work.chunk)
-    for image, heads, cells in work.groups():
+    cells = work.maps.cells
+    for image, heads in work.groups():
         for tokens, places, attention in work.chunks(image, heads):
             rows, entries = all_rows[: attention.numel()], all_entries[:, : attention.numel()]
             work.sample(places, attention, tokens, rows.view_as(attention), entries.view(4, *attention.shape))
@@ -258,7 +271,7 @@ def _attention(
             total = next(sums)
             for corner in sums:
                 total += corner
-            output[image, tokens, heads] = total.unflatten(0, attention.shape[:2]).transpose(0, 1)
+            output[image, tokens, heads] = total.unflatten(0, attention.shape[:2])
     return output.flatten(2)
 
 
@@ -282,13 +295,13 @@ def _attention_backward(
     """Gradients of value, places and weights; empty tensors for those that aren't asked for."""
     grad_value, grad_places, grad_weights = _empty_gradients(value, places, weights, of_value, of_samples)
     work = _Work(value, points, places, weights, sizes)
-    corners = work.maps.corners
+    corners, cells = work.maps.corners, work.maps.cells
     grad = grad.unflatten(2, value.shape[2:])
     all_rows, all_entries = work.buffers(work.length)
-    for image, heads, cells in work.groups():
-        grads = _reordered(grad[image, :, heads], (1, 0, 2), work.dtype).flatten(0, 1)
+    for image, heads in work.groups():
+        grads = _reordered(grad[image, :, heads], (0, 1, 2), work.dtype).flatten(0, 1)
         for tokens, places, attention in work.chunks(image, heads):
-            bags = slice(tokens.start, tokens.start + attention[..., 0].numel())
+            bags = slice(tokens.start * places.shape[1], tokens.stop * places.shape[1])
             entries = slice(bags.start * work.samples, bags.stop * work.samples)
             rows = all_rows[entries].view_as(attention)
             right, lower = work.sample(
@@ -312,8 +325,8 @@ def _attention_backward(
                     of_weights -= attention * of_weights.sum(-1, keepdim=True)
                 else:
                     slopes *= work.sample.extent[:, : rows.shape[0], : rows.shape[1]]
-                grad_weights.flatten(3)[image, tokens, heads] = of_weights.transpose(0, 1)
-                grad_places.flatten(3, 4)[image, tokens, heads] = slopes.permute(2, 1, 3, 0)
+                grad_weights.flatten(3)[image, tokens, heads] = of_weights
+                grad_places.flatten(3, 4)[image, tokens, heads] = slopes.permute(1, 2, 3, 0)
         if of_value:
             entries = slice(len(grads) * work.samples)
             ends = work.ends[: len(grads) + 1]
