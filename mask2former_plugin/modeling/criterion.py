@@ -15,7 +15,7 @@ from mask2former_plugin.modeling.dense_losses import dense_losses
 from mask2former_plugin.modeling.mask_logits import MaskLogits, multiply_out
 from mask2former_plugin.modeling.matched_masks import MatchedMasks
 from mask2former_plugin.modeling.matcher import HungarianMatcher, Match, Prediction, in_full_precision
-from mask2former_plugin.modeling.point_losses import Points, point_losses
+from mask2former_plugin.modeling.point_losses import point_losses
 from mask2former_plugin.modeling.point_sampling import LossPoints, uncertain_points
 from mask2former_plugin.modeling.target_masks import common_size
 
@@ -217,13 +217,13 @@ class SetCriterion(nn.Module):
             group = [masks[number] for number in numbers]
             rows = _matched_rows([(number, masks[number].embed.shape[1], matches[number]) for number in numbers])
             order = sorted(range(len(rows)), key=lambda i: rows[i][1:3])
-            host = torch.tensor([(rows[i][0], i, rows[i][3]) for i in order], dtype=torch.int64).view(-1, 3).T
-            embed_row, place, prediction = host.contiguous().to(found.device, non_blocking=True)
+            host = torch.tensor([(rows[i][0], rows[i][3]) for i in order], dtype=torch.int64).view(-1, 2).T
+            embed_row, prediction = host.contiguous().to(found.device, non_blocking=True)
             embed = torch.cat([some.embed.flatten(0, 1) for some in group]).index_select(0, embed_row)
             matched = MatchedMasks([rows[i][1:3] for i in order], [t["masks"] for t in targets], padded_size)
             if self.num_points:
-                where = Points(torch.cat([points[number] for number in numbers]), place)
-                losses = point_losses(embed, group[0].features, matched, where)
+                of_masks = [some for number in numbers for some in points[number]]
+                losses = point_losses(embed, group[0].features, matched, [of_masks[i] for i in order])
             else:
                 losses = dense_losses(embed, group[0].features, matched)
             found = found.index_add(1, prediction, torch.stack(losses))

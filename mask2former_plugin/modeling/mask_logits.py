@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mask2former_plugin.modeling.layers.linear import linear
+from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.point_sampling import sample_features
 
 
@@ -91,11 +91,7 @@ def multiply_out(rows: Tensor, counts: Sequence[int], features: Tensor) -> Tenso
 
 def multiply(rows: Tensor, features: Tensor) -> Tensor:
     """Embeddings ``[N, C]`` times the features of one image ``[C, H, W]``: ``[N, H, W]``."""
-    if features.device.type == "cpu":  # pixels as the many rows of a linear layer
-        dense = linear(features.flatten(1).T, rows).T.contiguous()
-    else:
-        dense = rows @ features.flatten(1)
-    return dense.unflatten(1, features.shape[-2:])
+    return product(rows, features.flatten(1)).unflatten(1, features.shape[-2:])
 
 
 class MaskPrediction(dict):

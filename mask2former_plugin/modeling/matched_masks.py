@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.mask_logits import multiply
 from mask2former_plugin.modeling.target_masks import Masks, decoded
 
@@ -101,7 +102,7 @@ class Product:
 
     def add_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
         """Takes the gradient of the logits of a chunk, ``[k, H·W]``."""
-        torch.mm(gradient, self.features[chunk.image].flatten(1).T, out=self._grad_embed[chunk.rows])
+        self._grad_embed[chunk.rows] = product(gradient, self.features[chunk.image].flatten(1).T)
         self._grad_table[chunk.image].addmm_(gradient.T, self.embed[chunk.rows])
 
     def gradients(self) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +18,12 @@ from mask2former_plugin.modeling.target_masks import sample_mask
 _VALUES_AT_ONCE = 2**21
 
 
-@dataclass(frozen=True)
-class Points:
-    """Where the R matched masks are compared.
-
-    Attributes:
-        values: ``[R, P, 2]``, (x, y) in [0, 1] of the padded size, in any order.
-        places: ``[R]`` int64, where in ``values`` the points of each mask are.
-    """
-
-    values: Tensor
-    places: Tensor
-
-
 class _PointLosses(torch.autograd.Function):
     """Dense logits of a few masks at a time, multiplied out again in the backward pass; only the inputs are kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, embed: Tensor, features: Tensor, masks: MatchedMasks, points: Points
+        ctx: Any, embed: Tensor, features: Tensor, masks: MatchedMasks, points: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(embed, features)
         ctx.masks, ctx.points = masks, points
@@ -69,12 +55,12 @@ class _PointLosses(torch.autograd.Function):
 
 
 def _samples(
-    product: Product, masks: MatchedMasks, points: Points
+    product: Product, masks: MatchedMasks, points: Sequence[Tensor]
 ) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor]]:
     """Some masks after the other: their points ``[k, P, 2]``, logits and truth there, ``[k, P]``."""
-    at_once = max(1, _VALUES_AT_ONCE // max(product.features[0, 0].numel(), points.values.shape[1]))
-    for chunk in masks.chunks(at_once):
-        places = points.values.index_select(0, points.places[chunk.rows]).to(product.embed.dtype)
+    values = max([product.features[0, 0].numel(), *(len(some) for some in points[:1])])
+    for chunk in masks.chunks(max(1, _VALUES_AT_ONCE // values)):
+        places = torch.stack(points[chunk.rows]).to(product.embed.dtype)
         logits = sample_logits(product.logits(chunk), places)
         truth = [
             sample_mask(masks.target(chunk.image, target), places[own], masks.padded_size)
@@ -98,13 +84,13 @@ def _to_pixels(grad: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
     return gradient.flatten(1)
 
 
-def point_losses(embed: Tensor, features: Tensor, masks: MatchedMasks, points: Points) -> tuple[Tensor, Tensor]:
+def point_losses(embed: Tensor, features: Tensor, masks: MatchedMasks, points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean binary cross-entropy and dice loss of each matched mask at its points, ``[R]`` each.
 
     Args:
         embed: mask embeddings of the matched masks, ``[R, C]``.
         features: per-pixel embeddings, ``[B, C, H, W]``, fastest channels-last.
         masks: what they are compared with.
-        points: where.
+        points: where, (x, y) in [0, 1] of the padded size, ``[P, 2]`` for each of the R masks.
     """
     return _PointLosses.apply(embed, features, masks, points)

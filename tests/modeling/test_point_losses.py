@@ -7,7 +7,7 @@ from mask_classification_reference import dice_loss
 
 from mask2former_plugin.modeling import point_losses as module
 from mask2former_plugin.modeling.matched_masks import MatchedMasks
-from mask2former_plugin.modeling.point_losses import Points, point_losses
+from mask2former_plugin.modeling.point_losses import point_losses
 
 PAIRS = [(0, 0), (0, 0), (0, 2), (1, 1), (1, 1), (1, 1), (2, 0)]
 SIZES = [(24, 20), (31, 36), (1, 5)]
@@ -18,15 +18,14 @@ def case(dtype=torch.float64, channels=3, size=(8, 9), points=13):
     embed = torch.randn(len(PAIRS), channels, dtype=dtype, requires_grad=True)
     features = torch.randn(3, channels, *size, dtype=dtype, requires_grad=True)
     truth = [torch.rand(3, *some) < 0.5 for some in SIZES]
-    where = Points(torch.rand(len(PAIRS), points, 2, dtype=dtype), torch.randperm(len(PAIRS)))
-    return embed, features, MatchedMasks(PAIRS, truth, PADDED), where
+    return embed, features, MatchedMasks(PAIRS, truth, PADDED), list(torch.rand(len(PAIRS), points, 2, dtype=dtype))
 
 
 def plain(embed, features, masks, points):
     """The same by ordinary operations, a mask at a time on padded float targets."""
     cross_entropy, dice = [], []
     for row, (image, target) in enumerate(masks.pairs):
-        grid = (2 * points.values[points.places[row]] - 1)[None, None]
+        grid = (2 * points[row] - 1)[None, None]
         dense = torch.einsum("c,chw->hw", embed[row], features[image])
         padded = torch.zeros(PADDED, dtype=embed.dtype)
         height, width = SIZES[image]
@@ -82,7 +81,6 @@ def test_confident_logits_lose_nothing():
 def test_no_masks_stay_on_the_graph():
     embed = torch.zeros(0, 3, requires_grad=True)
     features = torch.randn(2, 3, 4, 5, requires_grad=True)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    found = point_losses(embed, features, MatchedMasks([], [], PADDED), Points(torch.zeros(0, 7, 2), nothing))
+    found = point_losses(embed, features, MatchedMasks([], [], PADDED), [])
     sum(x.sum() for x in found).backward()
     assert embed.grad.shape == (0, 3) and features.grad.abs().max() == 0
