@@ -20,8 +20,8 @@ from mask2former_plugin.modeling.pixel_decoders.fpn import (
     PixelFeatures,
     lateral_conv,
     output_conv,
+    plus_upsampled,
     select_levels,
-    upsampled_like,
 )
 from mask2former_plugin.modeling.recomputation import RunsLayers
 
@@ -227,8 +227,7 @@ class MSDeformAttnPixelDecoder(RunsLayers):
 
     def _add_finer_level(self, number: int, feature: Tensor, coarser: Tensor) -> Tensor:
         lateral = self.get_submodule(f"adapter_{number}")(feature)
-        x = lateral + upsampled_like(coarser, lateral, "bilinear")
-        return self.get_submodule(f"layer_{number}")(x)
+        return self.get_submodule(f"layer_{number}")(plus_upsampled(lateral, coarser, "bilinear"))
 
     def _add_finest_level(self, feature: Tensor, coarser: Tensor) -> tuple[Tensor, Tensor]:
         x = self._add_finer_level(1, feature, coarser)

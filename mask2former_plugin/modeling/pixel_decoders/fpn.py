@@ -60,6 +60,14 @@ def upsampled_like(x: Tensor, lateral: Tensor, mode: str) -> Tensor:
     return F.interpolate(x, size=lateral.shape[-2:], mode=mode, align_corners=corners)
 
 
+def plus_upsampled(lateral: Tensor, coarser: Tensor, mode: str) -> Tensor:
+    """``lateral`` plus ``coarser`` in its size; without gradients one large map less is made."""
+    upsampled = upsampled_like(coarser, lateral, mode)
+    if torch.is_grad_enabled() or upsampled.dtype != lateral.dtype:
+        return lateral + upsampled
+    return upsampled.add_(lateral)
+
+
 @SEM_SEG_HEADS_REGISTRY.register()
 class BasePixelDecoder(nn.Module):
     """FPN: from the coarsest level down, lateral 1×1 convolution + nearest upsampling, then a 3×3 convolution.
@@ -124,7 +132,7 @@ class BasePixelDecoder(nn.Module):
         maps = [self.get_submodule(f"layer_{top}")(x)]
         for number in range(top - 1, 0, -1):
             lateral = self.get_submodule(f"adapter_{number}")(features[self.in_features[number - 1]])
-            x = lateral + upsampled_like(maps[-1], lateral, "nearest")
+            x = plus_upsampled(lateral, maps[-1], "nearest")
             maps.append(self.get_submodule(f"layer_{number}")(x))
         return self.mask_features(maps[-1]), encoder_features, maps[:NUM_DECODER_LEVELS]
 

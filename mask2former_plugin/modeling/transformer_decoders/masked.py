@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
-from mask2former_plugin.modeling.layers.linear import linear, rectified
+from mask2former_plugin.modeling.layers.linear import Linear, linear, linear_relu
 from mask2former_plugin.modeling.layers.mlp import MLP
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.layers.transformer import xavier_init
@@ -64,15 +64,14 @@ class FeedForwardLayer(nn.Module):
     def __init__(self, width: int, feedforward: int, pre_norm: bool) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.linear1 = nn.Linear(width, feedforward)
-        self.linear2 = nn.Linear(feedforward, width)
+        self.linear1 = Linear(width, feedforward)
+        self.linear2 = Linear(feedforward, width)
         self.norm = nn.LayerNorm(width)
         xavier_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, Q, C]`` to the same."""
-        hidden = rectified(self.linear1(self.norm(x) if self.pre_norm else x))
-        x = x + self.linear2(hidden)
+        x = x + self.linear2(linear_relu(self.norm(x) if self.pre_norm else x, self.linear1))
         return x if self.pre_norm else self.norm(x)
 
 
@@ -91,8 +90,9 @@ def allowed_places(embed: Tensor, features: Tensor) -> Tensor:
     # on CPUs the many places as the weights of a linear layer
     linear_in_places = embed.device.type == "cpu" and not traced()
     logits = torch.stack([linear(e, f.t()) for e, f in zip(embed, features)]) if linear_in_places else embed @ features
-    inside = logits >= 0  # sigmoid >= 0.5
-    return (inside | ~inside.any(dim=2, keepdim=True)).unsqueeze(1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # compared faster
+    inside = logits.amax(dim=2, keepdim=True) >= 0  # sigmoid >= 0.5
+    return (logits >= torch.where(inside, 0.0, -torch.inf)).unsqueeze(1)
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
