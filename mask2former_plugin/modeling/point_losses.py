@@ -16,6 +16,7 @@ from mask2former_plugin.modeling.target_masks import sample_mask
 
 # values of the dense logits, or samples, that exist at once: 8 MB in float32
 _VALUES_AT_ONCE = 2**21
+_VALUES_OF_POINT = 4  # its place, logit and truth
 
 
 class _PointLosses(torch.autograd.Function):
@@ -58,7 +59,7 @@ def _samples(
     product: Product, masks: MatchedMasks, points: Sequence[Tensor]
 ) -> Iterator[tuple[Chunk, Tensor, Tensor, Tensor]]:
     """Some masks after the other: their points ``[k, P, 2]``, logits and truth there, ``[k, P]``."""
-    values = max([product.features[0, 0].numel(), *(len(some) for some in points[:1])])
+    values = max([product.features[0, 0].numel(), *(_VALUES_OF_POINT * len(some) for some in points[:1])])
     for chunk in masks.chunks(max(1, _VALUES_AT_ONCE // values)):
         places = torch.stack(points[chunk.rows]).to(product.embed.dtype)
         logits = sample_logits(product.logits(chunk), places)
@@ -76,7 +77,7 @@ def _overlap_and_total(probability: Tensor, truth: Tensor) -> tuple[Tensor, Tens
 def _to_pixels(grad: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
     """The transpose of :func:`sample_logits`: gradients at points ``[k, P]`` to those of the maps, ``[k, h·w]``."""
     maps = grad.new_empty((1,)).expand(len(grad), 1, *size)
-    grid = (2 * points - 1).unsqueeze(1)
+    grid = (2 * points).sub_(1).unsqueeze(1)
     bilinear, zeros = 0, 0
     values = grad[:, None, None]
     wanted = (True, False)

@@ -132,7 +132,7 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
 
 def sample_logits(logits: Tensor, points: Tensor) -> Tensor:
     """Logits ``[N, h, w]`` at points ``[N, P, 2]``, (x, y) in [0, 1]; bilinear, zero outside; gives ``[N, P]``."""
-    grid = 2.0 * points.to(logits.dtype) - 1.0
+    grid = (2 * points.to(logits.dtype)).sub_(1)
     return F.grid_sample(logits.unsqueeze(1), grid.unsqueeze(1), align_corners=False)[:, 0, 0]
 
 
