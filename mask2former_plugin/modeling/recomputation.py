@@ -57,13 +57,16 @@ class RunsLayers(nn.Module):
             context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(layer)),
         )
 
+    def runs_lean(self) -> bool:
+        """Whether :meth:`run_lean` lets cheap steps run again in the backward pass."""
+        return self.recompute_cheap_steps and self.training and torch.is_grad_enabled() and not traced()
+
     def run_lean(self, layer: Callable[..., Any], *args: Any) -> Any:
         """:meth:`run_layer`; with ``recompute_cheap_steps`` the inputs and the results of costly operators are kept.
 
         Projections, norms, sums and resizes run again in the backward pass, attention and 3×3 convolutions don't.
         """
-        lean = self.recompute_cheap_steps and self.training and torch.is_grad_enabled() and not traced()
-        if not lean or self.recomputing():
+        if not self.runs_lean():
             return self.run_layer(layer, *args)
         results: list[Any] = []
         return checkpoint(

@@ -213,25 +213,35 @@ class MSDeformAttnPixelDecoder(RunsLayers):
             per-pixel embeddings ``[B, mask_dim, H, W]`` at the common stride, the coarsest encoded map, and the three
             coarsest maps ``[B, conv_dim, h, w]`` from coarse to fine.
         """
-        projected = [project(features[name]) for project, name in zip(self.input_proj, self.transformer_in_features)]
-        maps = self.transformer(projected)
-        for number in range(len(self.fpn_features), 1, -1):
-            maps.append(self.run_lean(self._add_finer_level, number, self._feature(features, number), maps[-1]))
-        if not self.fpn_features:
-            return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
-        finest, embedding = self.run_lean(self._add_finest_level, self._feature(features, 1), maps[-1])
-        return embedding, maps[0], [*maps, finest][:NUM_DECODER_LEVELS]
-
-    def _feature(self, features: dict[str, Tensor], number: int) -> Tensor:
-        return features[self.fpn_features[number - 1]]
+        pairs = zip(self.input_proj, self.transformer_in_features)
+        maps = self.transformer([self.run_lean(project, features[name]) for project, name in pairs])
+        embedding = None
+        for number in range(len(self.fpn_features), 0, -1):
+            feature = features[self.fpn_features[number - 1]]
+            if self.runs_lean():
+                # in two parts, so that in the backward pass large maps of one are there at a time
+                convolved = self.run_lean(self._convolve_finer_level, number, feature, maps[-1])
+                finer, embedding = self.run_lean(self._finish_finer_level, number, convolved)
+            else:
+                finer = self.run_layer(self._add_finer_level, number, feature, maps[-1])
+            maps.append(finer)
+        if embedding is None:
+            embedding = self.mask_features(maps[-1])
+        return embedding, maps[0], maps[:NUM_DECODER_LEVELS]
 
     def _add_finer_level(self, number: int, feature: Tensor, coarser: Tensor) -> Tensor:
         lateral = self.get_submodule(f"adapter_{number}")(feature)
         return self.get_submodule(f"layer_{number}")(plus_upsampled(lateral, coarser, "bilinear"))
 
-    def _add_finest_level(self, feature: Tensor, coarser: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._add_finer_level(1, feature, coarser)
-        return x, self.mask_features(x)
+    def _convolve_finer_level(self, number: int, feature: Tensor, coarser: Tensor) -> Tensor:
+        lateral = self.get_submodule(f"adapter_{number}")(feature)
+        return nn.Conv2d.forward(self.get_submodule(f"layer_{number}"), plus_upsampled(lateral, coarser, "bilinear"))
+
+    def _finish_finer_level(self, number: int, convolved: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Norm and activation, and the embeddings of the finest level."""
+        layer = self.get_submodule(f"layer_{number}")
+        x = layer.activation(convolved if layer.norm is None else layer.norm(convolved))
+        return x, self.mask_features(x) if number == 1 else None
 
     def forward(self, features: dict[str, Tensor]) -> PixelFeatures:
         """See :meth:`forward_features`."""

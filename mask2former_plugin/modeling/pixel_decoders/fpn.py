@@ -46,7 +46,7 @@ def output_conv(in_channels: int, out_channels: int, norm: str) -> Conv2d:
         padding=1,
         bias=norm == "",
         norm=get_norm(norm, out_channels),
-        activation=F.relu,
+        activation=F.relu_ if norm else F.relu,  # the gradients of norms don't need their results
     )
     weight_init.c2_xavier_fill(conv)
     return conv
@@ -61,11 +61,10 @@ def upsampled_like(x: Tensor, lateral: Tensor, mode: str) -> Tensor:
 
 
 def plus_upsampled(lateral: Tensor, coarser: Tensor, mode: str) -> Tensor:
-    """``lateral`` plus ``coarser`` in its size; without gradients one large map less is made."""
+    """``lateral`` plus ``coarser`` in its size."""
     upsampled = upsampled_like(coarser, lateral, mode)
-    if torch.is_grad_enabled() or upsampled.dtype != lateral.dtype:
-        return lateral + upsampled
-    return upsampled.add_(lateral)
+    # one large map less; no gradient needs its values
+    return upsampled.add_(lateral) if upsampled.dtype == lateral.dtype else lateral + upsampled
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
