@@ -63,6 +63,16 @@ def test_image_masks_equal_the_composed_resizes(output_size):
                 torch.testing.assert_close(some, part[queries], atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("output_size", [(45, 81), (90, 133), (20, 31)])
+def test_single_pixels_equal_those_of_the_block(output_size):
+    masks = ImageMasks(torch.randn(4, 16, 24), (64, 96), (45, 81), output_size)
+    rows, columns = (3, output_size[0]), (5, 30)
+    block = masks.block(rows, columns).flatten(1)
+    places = torch.randperm(block.shape[1])[:50]
+    torch.testing.assert_close(masks.pixels(rows, columns, places), block[:, places], atol=2e-6, rtol=0)
+    assert masks.pixels(rows, columns, places[:0]).shape == (4, 0)
+
+
 def test_half_precision_logits_are_resized_in_float32():
     logits = torch.randn(2, 8, 8).bfloat16()
     block = ImageMasks(logits, (32, 32), (30, 30)).block((0, 30), (0, 30))
@@ -107,6 +117,8 @@ def test_first_largest_is_argmax_with_the_first_of_equal_ones():
     assert torch.equal(first_largest(values.clone()), first)
     assert first_largest(values.clone()).dtype == torch.int64
     assert torch.equal(first_largest(torch.full((3, 2, 2), -1e30)), torch.zeros(2, 2, dtype=torch.int64))
+    numbers = torch.tensor([0, 2, 3, 7, 8, 9, 20, 21, 100])
+    assert torch.equal(first_largest(values.clone(), numbers), numbers[first])
 
 
 def test_buffers_grow_and_keep_their_memory():

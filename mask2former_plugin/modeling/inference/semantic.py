@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from mask2former_plugin.modeling.inference.label_map import BestClasses, label_tiles
 from mask2former_plugin.modeling.inference.light_outputs import LabelMap
-from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.inference.upsampling import (
     AxisResize,
     Buffers,
     ImageMasks,
-    Range,
     Tiles,
     empty_result,
-    first_largest,
     resize_block,
 )
-
-_ROUNDING = 1e-4  # of a sum of products of probabilities, relative; far more than what float32 makes of it
+from mask2former_plugin.modeling.layers.products import product
 
 
 def class_probabilities(class_logits: Tensor) -> Tensor:
@@ -54,39 +49,25 @@ class SemanticTask:
         Args:
             masks: logits of all queries.
         """
-        tiles, device = Tiles.of(self._size, masks.device, all_masks=True), masks.device
-        resize = [AxisResize([lengths], masks.dtype) for lengths in zip(masks.size, self._size)]
-        sources = [
+        device = masks.device
+        tiles = label_tiles(self._size, masks) if self._label_map else Tiles.of(self._size, device, all_masks=True)
+        axes = [AxisResize([lengths], masks.dtype) for lengths in zip(masks.size, self._size)]
+        rows, columns = (
             [axis.weights(target, device) for target in targets]
-            for axis, targets in zip(resize, (tiles.rows, tiles.columns))
-        ]
+            for axis, targets in zip(axes, (tiles.rows, tiles.columns))
+        )
+        parts = [(source, other, (weights, others)) for source, weights in rows for other, others in columns]
+        resized = masks.size != self._size
         if self._label_map:
             result = torch.empty(self._size, dtype=torch.int64, device=device)
-            candidates = self._candidates(masks, *([source for source, _ in axis] for axis in sources))
-        else:
-            result = empty_result((len(self.weights), *self._size), self.weights.dtype, device)
+            best = BestClasses(self.weights, masks, [source for source, _ in rows], [source for source, _ in columns])
+            for t, ((rows, columns), (_, _, weights)) in enumerate(zip(tiles, parts)):
+                best.put(t, result[slice(*rows), slice(*columns)], weights if resized else None)
+            return result.as_subclass(LabelMap)
+        result = empty_result((len(self.weights), *self._size), self.weights.dtype, device)
         buffers = Buffers(device)
-        for t, (rows, columns) in enumerate(tiles):
-            target = result[..., slice(*rows), slice(*columns)]
-            weights = self.weights
-            if self._label_map:
-                classes = candidates[:, t].nonzero()[:, 0].to(device)
-                if len(classes) == 1:
-                    target.copy_(classes)
-                    continue
-                weights = weights[classes]
-            row, column = divmod(t, len(tiles.columns))
-            (row_source, row_weights), (column_source, column_weights) = sources[0][row], sources[1][column]
+        for (rows, columns), (row_source, column_source, weights) in zip(tiles, parts):
             probability = masks.block(row_source, column_source, buffers=buffers).sigmoid_()
-            scores = product(weights, probability.flatten(1)).view(-1, *probability.shape[1:])
-            if masks.size != self._size:
-                resized = buffers("resized", (len(weights), *target.shape[-2:]), scores.dtype)
-                scores = resize_block(scores, row_weights, column_weights, resized)
-            target.copy_(classes[first_largest(scores)] if self._label_map else scores)
-        return result.as_subclass(LabelMap) if self._label_map else result
-
-    def _candidates(self, masks: ImageMasks, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> Tensor:
-        """Which classes may be the largest anywhere in a tile, bool ``[K, tiles]`` on the CPU."""
-        low, high = (bound.sigmoid() for bound in masks.bounds(row_ranges, column_ranges))
-        weights = self.weights.cpu()
-        return ~(weights @ high < (weights @ low).amax(0) * (1 - _ROUNDING))
+            scores = product(self.weights, probability.flatten(1)).view(-1, *probability.shape[1:])
+            result[:, slice(*rows), slice(*columns)] = resize_block(scores, *weights) if resized else scores
+        return result

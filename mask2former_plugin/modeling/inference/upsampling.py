@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mask2former_plugin.modeling.layers.products import product
-
 # Height and width of a tile, and of one in which all masks are computed. On a CPU small tiles stay in the cache and
 # tell more precisely where a mask may be; a GPU wants more work per kernel.
 _TILE = {"cpu": ((96, 256), (32, 128))}
@@ -180,7 +178,7 @@ def resize_block(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None
         out: for the result, contiguous.
     """
     # columns first: there are fewer rows to treat before they are resized than after
-    wide = product(maps.flatten(0, 1), columns.T).view(len(maps), -1, len(columns))
+    wide = torch.mm(maps.flatten(0, 1), columns.T).view(*maps.shape[:2], len(columns))
     return torch.bmm(rows.expand(len(maps), -1, -1), wide, out=out)
 
 
@@ -255,6 +253,20 @@ class ImageMasks:
         maps = self.logits[:, slice(*row_source), slice(*column_source)]
         return resize_block(maps if queries is None else maps[queries], row_weights, column_weights, block)
 
+    def pixels(self, rows: Range, columns: Range, places: Tensor) -> Tensor:
+        """Logits of single pixels of a part of the result, ``[Q, n]``.
+
+        Args:
+            rows, columns: ranges.
+            places: int64 ``[n]``, positions in the part, row by row.
+        """
+        row_source, row_weights = self._rows.weights(rows, self.device)
+        column_source, column_weights = self._columns.weights(columns, self.device)
+        y, x = places // len(column_weights), places % len(column_weights)
+        maps = self.logits[:, slice(*row_source), slice(*column_source)].flatten(1)
+        weights = row_weights[y][:, :, None] * column_weights[x][:, None]
+        return maps @ weights.flatten(1).T
+
     def bounds(self, row_ranges: Sequence[Range], column_ranges: Sequence[Range]) -> tuple[Tensor, Tensor]:
         """Values that the logits do not fall below or exceed in blocks of the result, two times ``[Q, blocks]``.
 
@@ -283,11 +295,19 @@ def empty_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     return torch.from_numpy(memory).view(dtype).view(*shape)
 
 
-def first_largest(values: Tensor) -> Tensor:
-    """``argmax(0)`` of ``[N, …]``, the first of equal ones; the values are used up."""
+def first_largest(values: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """``argmax(0)`` of ``[N, …]``, the first of equal ones; the values are used up.
+
+    Args:
+        numbers: int64 ``[N]``, ascending; given in the place of 0 … N-1.
+    """
     if values.device.type != "cpu":
-        return values.argmax(0)
+        best = values.argmax(0)
+        return best if numbers is None else numbers[best]
+    if numbers is None:
+        numbers = torch.arange(len(values))
     # on the CPU torch's argmax takes many times as long as these passes
-    rank = torch.arange(len(values), 0, -1, dtype=values.dtype).view(-1, *[1] * (values.ndim - 1))
+    end = int(numbers[-1]) + 1
+    rank = (end - numbers).to(values.dtype).view(-1, *[1] * (values.ndim - 1))
     best = torch.eq(values, values.amax(0), out=values).mul_(rank).amax(0)
-    return (len(values) - best).long()
+    return (end - best).long()

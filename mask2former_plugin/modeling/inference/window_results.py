@@ -14,7 +14,6 @@ from torch import Tensor
 from mask2former_plugin.modeling.inference.instance import InstanceTask
 from mask2former_plugin.modeling.inference.light_outputs import LabelMap, RunLengths, encode_changes, without_pairs
 from mask2former_plugin.modeling.inference.panoptic import PanopticTask
-from mask2former_plugin.modeling.layers.products import product
 from mask2former_plugin.modeling.inference.semantic import SemanticTask
 from mask2former_plugin.modeling.inference.tasks import Task, full_precision, masks_of_task
 from mask2former_plugin.modeling.inference.upsampling import (
@@ -33,6 +32,7 @@ from mask2former_plugin.modeling.inference.windows import (
     common_part,
     intersection,
 )
+from mask2former_plugin.modeling.layers.products import product
 
 _DUPLICATE = 0.5  # part of a mask in a larger one of its class, seen in another window, from which on it is a duplicate
 

@@ -30,7 +30,8 @@ def product(first: Tensor, second: Tensor) -> Tensor:
 
     ``torch.mm`` calls MKL on CPUs, which uses half the width of the vector units of CPUs that are not Intel's. oneDNN
     goes by what the CPU can do and reads the second factor as it lies. ``linear`` does the same for tokens, whose
-    layout is the other way round and whose gradients are wanted.
+    layout is the other way round and whose gradients are wanted. For shapes that come again and again: oneDNN makes a
+    kernel for each.
     """
     if not _uses_onednn(first, second):
         return torch.mm(first, second)
