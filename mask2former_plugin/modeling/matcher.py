@@ -141,6 +141,8 @@ class _TargetMatcher:
     def __call__(self, predictions: Sequence[Prediction], points: Sequence[Tensor]) -> list[list[Match]]:
         costs = []
         for i, (class_logits, masks) in enumerate(predictions):
+            # rows of a table that needs a gradient would be summed up in a slower way
+            masks = MaskLogits(masks.embed, masks.features.detach())
             mask_costs = self._point_costs(masks, points[i]) if self.matcher.num_points else self._dense_costs(masks)
             probabilities = class_logits.softmax(-1)
             costs += [
