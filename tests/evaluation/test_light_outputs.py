@@ -33,7 +33,12 @@ from mask2former_plugin.evaluation import (
     light_outputs,
 )
 from mask2former_plugin.evaluation.prediction_files import read_id_map
-from mask2former_plugin.modeling.inference.light_outputs import LabelMap, RunLengths, encode_changes
+from mask2former_plugin.modeling.inference.light_outputs import (
+    LabelMap,
+    RunLengthEncoder,
+    RunLengths,
+    encode_changes,
+)
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.meta_arch import MaskFormer
 from mask2former_plugin.test_time_augmentation import SemanticSegmentorWithTTA
@@ -294,7 +299,15 @@ def test_run_lengths_are_written_as_pycocotools_does(size, kind):
     elif kind != "empty":
         mask.ravel()[-1 if kind == "last pixel" else mask.size // 2] = 1
     expected = pycocotools.mask.encode(np.asfortranarray(mask))
-    assert encoded(torch.from_numpy(mask).bool()) == {"size": list(size), "counts": expected["counts"].decode()}
+    expected = {"size": list(size), "counts": expected["counts"].decode()}
+    assert encoded(torch.from_numpy(mask).bool()) == expected
+    flat = np.concatenate([[0], mask.T.ravel()])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    for step in (1, 2, 3, 5):
+        encoder = RunLengthEncoder(size)
+        for start in range(0, len(changes) + 1, step):
+            encoder.add(changes[start : start + step])
+        assert encoder.finish() == expected
 
 
 def encoded(mask):

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from inference_reference import instances, upsampled
 
-from mask2former_plugin.modeling.inference import ImageMasks, InstanceTask, needed_queries, run_tasks, upsampling
+from mask2former_plugin.modeling.inference import (
+    ImageMasks,
+    InstanceTask,
+    instance_masks,
+    needed_queries,
+    run_tasks,
+    upsampling,
+)
 
 PADDED, IMAGE, OUTPUT = (64, 96), (45, 81), (91, 130)
 
@@ -87,6 +94,38 @@ def test_run_lengths_are_those_of_pycocotools():
     for mask, code in zip(dense.pred_masks, encoded.pred_masks_rle):
         expected = pycocotools.mask.encode(mask.numpy().astype("uint8", order="F"))
         assert code == {"size": expected["size"], "counts": expected["counts"].decode()}
+
+
+@pytest.mark.parametrize("most_changes", [0, 100, 2**22])
+@pytest.mark.parametrize("corner", [(0, 0), (5, 9)])
+def test_run_lengths_that_are_written_part_by_part(monkeypatch, most_changes, corner):
+    """Noise and blocks that end, or go on, at the borders of tiles; some tiles are left out because they are empty."""
+    monkeypatch.setattr(instance_masks, "_MOST_CHANGES", most_changes)
+    encode = instance_masks.RunLengthMasks._encode
+    ends = []
+    monkeypatch.setattr(
+        instance_masks.RunLengthMasks, "_encode", lambda self, end: ends.append(end) or encode(self, end)
+    )
+    size, canvas, (height, width) = (40, 50), (40 + corner[0] + 3, 50 + corner[1] + 2), (8, 10)
+    masks = torch.zeros((6, *size), dtype=torch.bool)
+    masks[0] = torch.rand(size) > 0.5
+    masks[1] = True
+    masks[2, 8:24, 10:30] = True  # borders of tiles
+    masks[3, :, 20:] = torch.rand(40, 30) > 0.5
+    masks[4, 39, 49] = True
+    kept = instance_masks.RunLengthMasks(canvas, masks.device, corner)
+    for left in range(0, 50, width):
+        for top in range(0, 40, height):
+            part = masks[:, top : top + height, left : left + width]
+            positions = part.flatten(1).any(1).nonzero()[:, 0]
+            kept.put(positions, (top, top + height), (left, left + width), part[positions])
+    codes = kept.result([0, 1, 2, 3, 4, 5, 0], torch.zeros(6, 4))
+    assert len(ends) == {0: 5, 100: 5, 2**22: 1}[most_changes] and len(codes) == 7
+    whole = torch.zeros((7, *canvas), dtype=torch.uint8)
+    whole[:, corner[0] : corner[0] + 40, corner[1] : corner[1] + 50] = masks[[0, 1, 2, 3, 4, 5, 0]]
+    for mask, code in zip(whole, codes):
+        expected = pycocotools.mask.encode(mask.numpy().copy(order="F"))
+        assert code == {"size": list(canvas), "counts": expected["counts"].decode()}
 
 
 @pytest.mark.parametrize("things_first", [False, True])

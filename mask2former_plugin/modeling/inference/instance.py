@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,10 @@ class InstanceTask:
         # a tile where the bound says that there is no mask is left out
         tiles = Tiles.of(self._size, device)
         occupied = ~(masks.bounds(tiles.rows, tiles.columns)[1] < threshold)
-        for (tile_rows, columns), visible in zip(tiles, occupied.T):
-            positions = visible.nonzero()[:, 0].to(device)
+        occupied = occupied.unflatten(1, (len(tiles.rows), len(tiles.columns)))
+        order = product(enumerate(tiles.columns), enumerate(tiles.rows))  # run lengths go down the columns
+        for (column, columns), (row, tile_rows) in order:
+            positions = occupied[:, row, column].nonzero()[:, 0].to(device)
             for rows in pieces(tile_rows, columns, len(positions), device) if len(positions) else ():
                 logits = masks.block(rows, columns, positions, buffers)
                 mask = torch.gt(logits, threshold, out=buffers("mask", logits.shape, torch.bool))

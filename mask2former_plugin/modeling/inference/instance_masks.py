@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mask2former_plugin.modeling.inference.light_outputs import RunLengths, encode_changes, without_pairs
+from mask2former_plugin.modeling.inference.light_outputs import RunLengthEncoder, RunLengths, without_pairs
 from mask2former_plugin.modeling.inference.upsampling import Buffers, Range
+
+# Places where runs begin or end that are kept as numbers; more of them become text.
+_MOST_CHANGES = 2**22
 
 
 class DenseMasks:
@@ -56,6 +59,7 @@ class RunLengthMasks:
 
     Runs go down the columns, one column after the other. A tile gives the places where a run begins or ends if there
     is nothing around the tile; where a run goes on in the next tile, an end and a beginning coincide and cancel out.
+    Tiles come column by column, so that what lies on the left of one is finished.
 
     Args:
         size: height and width.
@@ -71,10 +75,17 @@ class RunLengthMasks:
         self._pixels = size[0] * size[1]
         self._buffers = Buffers(device)
         self._changes: dict[int, list[np.ndarray]] = {}
+        self._stored = 0
+        self._encoders: dict[int, RunLengthEncoder] = {}
+        self._columns: Range | None = None
         self._dtype = np.int32 if self._pixels < 2**31 else np.int64
 
     def put(self, positions: Tensor, rows: Range, columns: Range, masks: Tensor) -> None:
         """Take a tile ``[n, rows, columns]`` of the masks at some positions."""
+        if columns != self._columns:
+            if self._stored > _MOST_CHANGES:
+                self._encode((columns[0] + self._corner[1]) * self._size[0])
+            self._columns = columns
         number, height, width = masks.shape
         changed = self._buffers("changed", (number, height + 1, width), torch.bool)
         changed[:, 0], changed[:, -1] = masks[:, 0], masks[:, -1]
@@ -88,6 +99,16 @@ class RunLengthMasks:
         changes = (x * self._size[0] + y).astype(self._dtype)
         for position, part in zip(positions.tolist(), np.split(changes, np.searchsorted(mask, np.arange(1, number)))):
             self._changes.setdefault(position, []).append(part)
+        self._stored += len(changes)
+
+    def _encode(self, end: int) -> None:
+        """Make the changes before a position text; one at it may still cancel out."""
+        self._stored = 0
+        for position, parts in self._changes.items():
+            changes = without_pairs(np.sort(np.concatenate(parts)))
+            finished = int(np.searchsorted(changes, end))
+            self._encoders.setdefault(position, RunLengthEncoder(self._size)).add(changes[:finished])
+            parts[:] = [changes[finished:].copy()]
 
     def result(self, sources: Sequence[int], boxes: Tensor) -> RunLengths:
         """Run lengths of the masks.
@@ -96,10 +117,8 @@ class RunLengthMasks:
             sources: of each mask, the position of the one that it repeats.
             boxes: around the masks that came in tiles, int64 ``[n, 4]``; only their number counts.
         """
-        nothing = np.zeros(0, dtype=self._dtype)
+        self._encode(self._pixels)
         codes = RunLengths()
         for position in range(len(boxes)):
-            # the parts are given up one by one: of noise there are many
-            changes = np.sort(np.concatenate([nothing, *self._changes.pop(position, [])]))
-            codes.append(encode_changes(without_pairs(changes), self._size))
+            codes.append(self._encoders.pop(position, RunLengthEncoder(self._size)).finish())
         return codes[list(sources)] if len(sources) else RunLengths()

@@ -62,27 +62,65 @@ def without_pairs(places: np.ndarray) -> np.ndarray:
     return places[alone]
 
 
-def encode_changes(changes: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO's run lengths of one mask from the places where it begins and ends.
+class RunLengthEncoder:
+    """COCO's run lengths of one mask from the places where it begins and ends, which may come part by part.
 
     Args:
-        changes: ascending positions down the columns, one column after the other, where a pixel differs from the one
-            before it (outside before the first).
         size: height and width.
     """
-    pixels = size[0] * size[1]
-    ends = np.concatenate([[0], changes[changes < pixels], [pixels]]) if pixels else np.zeros(1, dtype=np.int64)
-    return {"size": list(size), "counts": compress(np.diff(ends))}
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._size = size
+        self._pixels = size[0] * size[1]
+        self._end = 0  # of the last run
+        self._last = np.zeros(0, dtype=np.int64)  # up to three run lengths, to which the next ones refer
+        self._text: list[str] = []
+
+    def add(self, changes: np.ndarray) -> None:
+        """Go on.
+
+        Args:
+            changes: ascending positions down the columns, one column after the other, where a pixel differs from the
+                one before it (outside before the first); those at the end of the mask and behind it don't count.
+        """
+        changes = changes[changes < self._pixels]
+        if len(changes):
+            self._append(np.diff(changes, prepend=self._end))
+            self._end = int(changes[-1])
+
+    def finish(self) -> dict[str, Any]:
+        """The run lengths of the whole mask."""
+        if self._pixels:
+            self._append(np.array([self._pixels - self._end]))
+        return {"size": list(self._size), "counts": "".join(self._text)}
+
+    def _append(self, counts: np.ndarray) -> None:
+        self._text.append(compress(counts, self._last))
+        self._last = np.concatenate([self._last, counts[-3:]])[-3:]
 
 
-def compress(counts: np.ndarray) -> str:
+def encode_changes(changes: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's run lengths of one mask from all the places where it begins and ends, see :class:`RunLengthEncoder`."""
+    encoder = RunLengthEncoder(size)
+    encoder.add(changes)
+    return encoder.finish()
+
+
+def compress(counts: np.ndarray, before: np.ndarray | None = None) -> str:
     """COCO's text for run lengths, as ``pycocotools`` writes it, which takes Python lists only.
 
     From the fourth on, a count is the difference to the one two places before. A number has as few digits of five bits,
     the lowest first, as hold it and its sign; the sixth bit of a character says that more follow; 48 makes them text.
+
+    Args:
+        counts: run lengths.
+        before: the three before them, or all if there are fewer.
     """
-    numbers = counts.astype(np.int64)
+    known = 0 if before is None else len(before)
+    counts = counts.astype(np.int64) if before is None else np.concatenate([before, counts])
+    numbers = counts.copy()
     numbers[3:] -= counts[1:-2]
+    numbers = numbers[known:]
     digits = np.ones(len(numbers), dtype=np.int64)
     magnitude = np.where(numbers < 0, ~numbers, numbers) >> 4
     while magnitude.any():
