@@ -101,6 +101,13 @@ def _has_fused_steps(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
+def _rectified_gradient(grad: Tensor, result: Tensor, overwrite: bool = True) -> Tensor:
+    """The gradient of what a ReLU got, given that of its result."""
+    if overwrite:
+        return torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+    return torch.ops.aten.threshold_backward(grad, result, 0)
+
+
 class _FrozenConv:
     """A convolution and the frozen norm behind it, which together are a convolution with other weights and a bias."""
 
@@ -228,9 +235,9 @@ class _StageFunction(torch.autograd.Function):
             ends.append(output)
             grad = grad.to(x.dtype)
             for block in reversed(ctx.blocks):
-                y, x = ends.pop(), ends[-1]
+                total = grad = _rectified_gradient(grad, ends.pop(), overwrite=block is not ctx.blocks[-1])
+                x = ends[-1]
                 further = of_input or block is not ctx.blocks[0]
-                total = grad = torch.ops.aten.threshold_backward(grad, y, 0)
                 for step in reversed(range(len(block.steps))):
                     number = block.number(step)
                     hidden = block.hidden(x, weights, step, kept)
@@ -239,7 +246,7 @@ class _StageFunction(torch.autograd.Function):
                         grad, hidden, weights[number], step > 0 or further, of_weights[number]
                     )
                     if step > 0:
-                        torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
+                        grad = _rectified_gradient(grad, hidden)
                     kept.pop(number, None)
                 if block.shortcut is not None:
                     number = block.number(len(block.steps))
@@ -302,7 +309,7 @@ class _StemFunction(torch.autograd.Function):
             grad = torch.ops.aten.max_pool2d_with_indices_backward(
                 grad.to(x.dtype), hidden, size, stride, padding, dilation, False, places
             )
-            torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
+            grad = _rectified_gradient(grad, hidden)
             of_input, of_weight = ctx.needs_input_grad[1:]
             grad_x, grad_weight = ctx.conv.differentiate(grad, x, weight, of_input, of_weight)
         return None, None if grad_x is None else grad_x.to(ctx.dtype), grad_weight
