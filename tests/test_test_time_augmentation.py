@@ -12,6 +12,7 @@ from torch import nn
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.modeling.inference.query_fusion import FusedPasses, Pass, group_queries
+from mask2former_plugin.modeling.inference.windows import WindowOptions
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.meta_arch import MaskFormer
 from mask2former_plugin.test_time_augmentation import (
@@ -338,3 +339,47 @@ def test_flipped_copies_are_recognised_by_their_transforms():
     model = make_model(ColourHead())
     augmented = MaskClassificationWithTTA(config(64, flip=False), model, tta_mapper=mapper)([x])[0]
     assert_same_results(augmented, model([x])[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- in windows
+
+
+def in_windows(head, **options):
+    options = {"panoptic_on": False, "instance_on": False, "sem_seg_postprocess_before_inference": True, **options}
+    return make_model(head, windows=WindowOptions((32, 64), 16), **options)
+
+
+@pytest.mark.parametrize("output", [(64, 96), (100, 150)])
+def test_semantic_scores_in_windows_are_averaged(output):
+    """Flips and scales, each cut into windows of its own size: the mean of what the model gives of each copy."""
+    x = smooth_input(output=output)
+    model = in_windows(ColourHead())
+    tta = build_model_with_TTA(config(64, 80, 128, flip=True), model)
+    expected = torch.zeros(CLASSES, *output)
+    copies = tta.tta_mapper(x)
+    assert len(copies) == 6 and len({copy["image"].shape for copy in copies}) == 3
+    for index, copy in enumerate(copies):
+        scores = model([{key: copy[key] for key in ("image", "height", "width")}])[0]["sem_seg"]
+        expected += (scores.flip(2) if index % 2 else scores) / 6
+    torch.testing.assert_close(tta([x])[0]["sem_seg"], expected, rtol=1e-5, atol=1e-6)
+    model.semantic_label_map = True
+    assert torch.equal(tta([x])[0]["sem_seg"], expected.argmax(0)) and model.semantic_label_map
+
+
+def test_semantic_scores_in_windows_are_those_of_the_whole_image():
+    """Apart from pixels near the borders of windows, which lack neighbours when masks are resized."""
+    x, head = smooth_input(), ColourHead()
+    windows, whole = (build_model_with_TTA(config(64, 128, flip=True), in_windows(head)) for _ in range(2))
+    whole.model.windows = None
+    found, expected = (tta([x])[0]["sem_seg"] for tta in (windows, whole))
+    difference = (found - expected).abs().amax(0)
+    assert 0 < difference.mean() < 0.005
+    assert (found.argmax(0) == expected.argmax(0)).float().mean() > 0.99
+
+
+def test_flips_in_windows_change_nothing():
+    """Windows are spread evenly, so those of the mirror image are the mirror images of the windows."""
+    x = smooth_input()
+    model = in_windows(ColourHead())
+    augmented = build_model_with_TTA(config(64, flip=True), model)([x])[0]["sem_seg"]
+    torch.testing.assert_close(augmented, model([x])[0]["sem_seg"])

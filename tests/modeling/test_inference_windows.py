@@ -186,6 +186,91 @@ def test_any_overlap(size, overlap):
         assert len(found["panoptic_seg"][1]) > len(whole["panoptic_seg"][1])
 
 
+class FunctionsOfPosition(nn.Module):
+    """Mask logits that are known functions of the position, in any crop: ellipses on two stuff regions.
+
+    Args:
+        size: height and width of the image.
+        number: of ellipses, which don't touch; the first lies in the middle and is large.
+    """
+
+    num_classes = CLASSES
+
+    def __init__(self, size, number):
+        super().__init__()
+        height, width = size
+        self.border = torch.rand(2).tolist()
+        self.ellipses = [(height / 2, width / 2, height * 0.3, width * 0.3, 0)]
+        while len(self.ellipses) < number:
+            y, x, tall, wide = (torch.rand(4) * torch.tensor([height, width, height / 6, width / 6])).tolist()
+            one = (y, x, 3 + tall, 3 + wide, len(self.ellipses) % 4)
+            inside = torch.stack([self.logits(e, *coordinates(*size)[:2]) > -2 for e in [*self.ellipses, one]])
+            if not (inside[:-1] & inside[-1]).any() and inside[-1].any():
+                self.ellipses.append(one)
+
+    @staticmethod
+    def logits(ellipse, y, x):
+        centre_y, centre_x, tall, wide, _ = ellipse
+        return 12 * (1 - ((y - centre_y) / tall) ** 2 - ((x - centre_x) / wide) ** 2)
+
+    def forward(self, images):
+        y, x = images[0, 0], images[0, 1]
+        things = [self.logits(one, y, x).clamp(-20, 15) for one in self.ellipses]
+        side = (y - 31.4) * self.border[0] + (x - 40.3) * self.border[1]
+        masks = torch.stack([*things, (side * 5).clamp(-20, 15), (-side * 5).clamp(-20, 15)])
+        # stuff is less sure than things, so that these lie upon it
+        certainty = torch.tensor([*(0.98 - 0.01 * i for i in range(len(things))), 0.8, 0.75])
+        labels = torch.tensor([*(one[-1] for one in self.ellipses), 4, 5])
+        probability = torch.full((len(masks), CLASSES + 1), 1e-9)
+        probability[torch.arange(len(masks)), labels] = certainty
+        probability[:, -1] = 1 - certainty
+        order = torch.randperm(len(masks))
+        return {"pred_logits": probability.log()[order][None], "pred_masks": masks[order][None]}
+
+
+@pytest.mark.parametrize("size", [(101, 143), (97, 65), (47, 201)])
+@pytest.mark.parametrize("options", [((48, 64), 16), ((33, 47), 11), ((50, 51), 25)])
+def test_functions_of_the_position(size, options):
+    """The answer is known at every pixel: windows give exactly it, at odd sizes and with any overlap."""
+    options = WindowOptions(*options)
+    head = FunctionsOfPosition(size, 9)
+    inputs = [{"image": coordinates(*size)}]
+    # stuff may be covered by things almost wholly in one window and not in the image: without that threshold
+    shared = {"overlap_threshold": 0.0, "test_topk_per_image": 9}
+    whole, found = (make_model(head, windows=windows, **shared)(inputs)[0] for windows in (None, options))
+    torch.testing.assert_close(found["sem_seg"], whole["sem_seg"], atol=1e-5, rtol=0)
+    assert panoptic_as_set(found["panoptic_seg"]) == panoptic_as_set(whole["panoptic_seg"])
+    assert len(found["panoptic_seg"][1]) > 8
+    # the mean of a mask's probability is taken in windows, parts that are small or at the border have other means
+    assert_same_instances(found["instances"], whole["instances"], 0.05)
+    large = found["instances"].pred_masks[found["instances"].pred_masks.flatten(1).sum(1).argmax()]
+    y, x = coordinates(*size)[:2]
+    cells = [placed.cell for row in window_grid(size, size, options) for placed in row]
+    assert torch.equal(large, head.logits(head.ellipses[0], y, x) > 0)
+    touched = [bool(large[slice(*rows), slice(*columns)].any()) for rows, columns in cells]
+    assert sum(touched) >= (4 if len({rows for rows, _ in cells}) > 1 else 2)
+
+
+def test_batch_of_a_large_and_a_small_image():
+    """Each image of a batch is cut for itself; what fits into a window is inferred as a whole."""
+    head = FunctionsOfPosition((101, 143), 6)
+    sizes = [(101, 143), (30, 20), (49, 64)]
+    inputs = [{"image": coordinates(*size), "height": size[0] * k, "width": size[1]} for k, size in enumerate(sizes, 1)]
+    model = make_model(head, windows=OPTIONS, overlap_threshold=0.0)
+    together, alone = model(inputs), [model([one])[0] for one in inputs]
+    whole = make_model(head, overlap_threshold=0.0)
+    for result, expected, one in zip(together, alone, inputs):
+        size = (one["height"], one["width"])
+        assert result["sem_seg"].shape[1:] == result["panoptic_seg"][0].shape == size
+        torch.testing.assert_close(result["sem_seg"], expected["sem_seg"], atol=1e-5, rtol=0)
+        assert panoptic_as_set(result["panoptic_seg"]) == panoptic_as_set(expected["panoptic_seg"])
+        assert_same_instances(result["instances"], expected["instances"])
+    for i in (0, 1):
+        expected = whole([inputs[i]])[0]
+        torch.testing.assert_close(together[i]["sem_seg"], expected["sem_seg"], atol=1e-5, rtol=0)
+        assert panoptic_as_set(together[i]["panoptic_seg"]) == panoptic_as_set(expected["panoptic_seg"])
+
+
 def test_small_outputs_of_windows():
     objects = [(0, box(30, 40, 70, 90)), *stuff(box(30, 40, 70, 90))]
     head = CropsOfTruth(objects)
