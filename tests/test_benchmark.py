@@ -14,6 +14,8 @@ from mask2former_plugin.benchmark.measure import Meter, Operations, is_out_of_me
 from mask2former_plugin.benchmark.runner import Runner, Settings
 from mask2former_plugin.benchmark.worker import Worker
 from mask2former_plugin.benchmark.workload import SIDES, NotOffered, number_of_bytes
+from mask2former_plugin.modeling.layers.linear import linear
+from mask2former_plugin.modeling.layers.products import product
 
 WRONG_ATTENTION = """
 import torch
@@ -289,6 +291,20 @@ def test_operations_are_counted_inside_of_autograd_functions():
         assert counter.total == 2 * 4 * 8 * 8 * 10 * 27
         _Product.apply(x, layer).sum().backward()
     assert counter.total == 2 * 4 * 8 * 8 * 10 * 27 + 2 * (2 * 14 * 16 * 5)
+
+
+def test_operations_of_fused_steps_are_counted():
+    x, layer = torch.randn(600, 64), torch.nn.Linear(64, 128)
+    with torch.no_grad(), Operations() as counter:
+        linear(x, layer.weight, layer.bias)
+        product(x, layer.weight.T)
+    assert counter.total == 2 * (2 * 600 * 64 * 128)
+    convolve = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if convolve is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no fused convolutions")
+    with torch.no_grad(), Operations() as counter:
+        convolve(torch.randn(2, 3, 10, 12), torch.randn(8, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], 1, "relu", [], "")
+    assert counter.total == 2 * 2 * 8 * 10 * 12 * 27
 
 
 @pytest.mark.parametrize("family", ["mask2former", "maskformer"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"  # what clear_refs takes to set VmHWM back to the present size
@@ -67,8 +67,23 @@ class Meter:
         return _status("VmHWM")
 
 
+def _linear_operations(x: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: torch.Tensor, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+def _conv_operations(x: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: torch.Tensor, **__: Any) -> int:
+    return conv_flop_count(x.shape, weight.shape, out_val.shape)
+
+
+# fused steps of oneDNN, for which PyTorch has no formulas
+_FUSED_STEPS = {
+    "mkldnn::_linear_pointwise": _linear_operations,
+    "mkldnn::_convolution_pointwise": _conv_operations,
+}
+
+
 class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of products and convolutions by PyTorch's own formulas.
+    """Counts the floating-point operations of products and convolutions, mostly by PyTorch's own formulas.
 
     ``FlopCounterMode`` counts by module, too, and fails where modules are called inside of an autograd function.
 
@@ -82,7 +97,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket) or _FUSED_STEPS.get(func._schema.name)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
