@@ -145,8 +145,8 @@ def test_half_precision_is_that_of_autocast(model, precision, tolerance):
     def error(prediction, expected, name):
         return ((prediction[name].float() - expected[name]).norm() / expected[name].norm()).item()
 
-    # a few roundings of 2^-9 (2^-12) per layer, no more of them than under plain autocast; before the first layer of the
-    # decoder they are all there is, later some of them move a mask's border and with it the attention
+    # a few roundings of 2^-9 (2^-12) per layer, no more of them than under plain autocast; before the decoder's first
+    # layer they are all there is, later some of them move a mask's border and with it the attention
     first = [x["aux_outputs"][0] for x in (actual, plain, exact)]
     assert error(first[0], first[2], "pred_masks") < 1.1 * error(first[1], first[2], "pred_masks") < tolerance
     assert all(error(actual, exact, name) < tolerance for name in ("pred_logits", "pred_masks"))

@@ -11,9 +11,9 @@ table is the product of the transposed matrices and the gradients: ``embedding_b
 brought the entries into the order of the cells.
 
 Heads are treated one after the other (several together where maps are small or threads are many) and tokens in chunks,
-so that what is being worked on stays in the cache. The heads' cells take turns in the table, and all arrays of samples are ordered by token,
-head, level and point, the order that the layer predicts them in. The memory on top of inputs and results is that of
-these heads. The order of the sums does not depend on the threads.
+so that what is being worked on stays in the cache. The cells of heads that are treated together take turns in the
+table, and all arrays of samples are ordered by token, head, level and point. The memory on top of inputs and results is
+that of these heads. The order of the sums does not depend on the threads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Maps:
         return value.new_zeros((self.cells + self.corners[-1], value.shape[-1]), dtype=dtype)
 
     def pairs(self, table: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views ``[H, W, G, D]`` of each map in a table and in ``[S, G, D]``, of no more heads than the table is for."""
+        """Views ``[H, W, G, D]`` of each map in a table and in ``[S, G, D]``, which may have fewer heads."""
         padded = table[: self.cells].unflatten(0, (self.lines, self.width, self.heads))
         levels = value.split([height * width for height, width in self.shapes])
         for start, (height, width), level in zip(self.starts, self.shapes, levels):
