@@ -11,10 +11,10 @@ from mask2former_plugin.modeling.layers import (
     MLP,
     MSDeformAttn,
     MultiheadAttention,
+    attention,
     reference_points,
     sine_position_encoding,
 )
-from mask2former_plugin.modeling.layers import attention
 from mask2former_plugin.modeling.layers.linear import fuses
 from mask2former_plugin.modeling.layers.transformer import (
     TransformerDecoder,
