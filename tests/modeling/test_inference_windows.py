@@ -350,6 +350,16 @@ def test_the_number_of_instances_is_that_of_the_whole_image():
     assert (found.scores.diff() <= 0).all()
 
 
+def test_more_instances_than_a_byte_can_count():
+    """Of one class, in one window and in all of them."""
+    things = [box(y, x, y + 2, x + 2) for y in range(0, 100, 4) for x in range(0, 140, 4)]
+    head = CropsOfTruth([(1, mask) for mask in things], number=len(things), confidence=[0.9] * len(things))
+    found = run(head, None, WindowOptions((96, 100), 8), test_topk_per_image=1000, panoptic_on=False)["instances"]
+    sure = found.scores > 0.5
+    assert int(sure.sum()) == len(things) > 255
+    assert torch.equal(found.pred_masks[sure].int().sum(0), torch.stack(things).int().sum(0))
+
+
 @pytest.mark.parametrize("image", [(100, 140), (48, 64), (49, 65), (1, 500)])
 @pytest.mark.parametrize("scale", [1, 0.37, 2.5])
 @pytest.mark.parametrize("overlap", [0, 16, 40])

@@ -301,7 +301,7 @@ class InstanceWindows:
         """Take a window: the task gives run lengths of the size of the whole result."""
         instances = task.run(masks)
         codes = list(instances.pred_masks_rle)
-        areas = pycocotools.mask.area(codes) if codes else []
+        areas = _areas(codes)
         members = []
         for code, area, score, label in zip(codes, areas, instances.scores.tolist(), instances.pred_classes.tolist()):
             if area:
@@ -324,7 +324,7 @@ class InstanceWindows:
         sides = []
         for members in (first, second):
             cut = [pycocotools.mask.merge([self._codes[m], part], intersect=True) for m in members]
-            areas = pycocotools.mask.area(cut) if cut else []
+            areas = _areas(cut)
             sides.append([(m, c) for m, c, area in zip(members, cut, areas) if area])
         if not all(sides):
             return
@@ -365,11 +365,11 @@ class InstanceWindows:
             cells = [self._windows[window][0].cell for window in seen_by - {self._window_of[member]}]
             rest = outside(self._size, cells)
             parts.append(pycocotools.mask.merge([self._codes[member], rest], intersect=True))
-        areas = pycocotools.mask.area(parts).astype(np.float64)
+        areas = _areas(parts)
         # if nothing is left of any part, all of them lie in the cells of the others
         if not areas.sum():
             parts = [self._codes[member] for member in members]
-            areas = pycocotools.mask.area(parts).astype(np.float64)
+            areas = _areas(parts)
         score = float(np.average([self._scores[member] for member in members], weights=areas))
         return pycocotools.mask.merge(parts), score, self._classes[members[0]], seen_by
 
@@ -378,6 +378,11 @@ class InstanceWindows:
         for mask, code, (left, top, right, bottom) in zip(masks, codes, boxes):
             mask[top:bottom, left:right] = pycocotools.mask.decode(code)[top:bottom, left:right]
         return torch.from_numpy(masks).to(self._device)
+
+
+def _areas(codes: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels of each mask, int64; one by one, since pycocotools with NumPy 2 takes no more than 255 at once."""
+    return np.array([pycocotools.mask.area(code) for code in codes], dtype=np.int64)
 
 
 def rectangle(size: tuple[int, int], rows: Range, columns: Range) -> dict[str, Any]:
@@ -410,7 +415,7 @@ def _without_duplicates(
     for label in sorted(set(classes)):
         positions = np.array([i for i, one in enumerate(classes) if one == label])
         group = [codes[i] for i in positions]
-        area = pycocotools.mask.area(group).astype(np.int64)
+        area = _areas(group)
         # for a crowd, pycocotools gives the intersection over the area of the other mask
         inside = pycocotools.mask.iou(group, group, [1] * len(group))
         windows = np.zeros((len(group), 1 + max(max(seen_by[i]) for i in positions)), dtype=np.int64)
