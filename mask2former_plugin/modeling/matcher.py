@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mask2former_plugin.modeling.dense_losses import FOCAL_ALPHA
 from mask2former_plugin.modeling.layers.linear import linear
-from mask2former_plugin.modeling.layers.summed_products import summed_products
+from mask2former_plugin.modeling.layers.products import summed_products
 from mask2former_plugin.modeling.mask_logits import MaskLogits, mask_logits_of
 from mask2former_plugin.modeling.point_sampling import in_order_of_rows, sample_features
 from mask2former_plugin.modeling.target_masks import PackedMasks, common_size, resize_masks

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mask_classification_reference import matches_at_points, matches_on_pixels, padded, random_targets
 
-from mask2former_plugin.modeling.layers.summed_products import summed_products
+from mask2former_plugin.modeling.layers.products import summed_products
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
 from mask2former_plugin.modeling.matcher import HungarianMatcher, _sum_of_softplus, in_full_precision
 
