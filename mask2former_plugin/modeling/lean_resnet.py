@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mask2former_plugin.modeling.layers.linear import has_hooks
 from mask2former_plugin.modeling.ops.sampling import traced
 
 _CONVOLUTIONS = {BasicBlock: ("conv1", "conv2"), BottleneckBlock: ("conv1", "conv2", "conv3")}
@@ -51,15 +52,9 @@ def _frozen_norms(convolutions: Sequence[nn.Module]) -> bool:
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and not _has_hooks(conv)
-        and not _has_hooks(conv.norm)
+        and not has_hooks(conv)
+        and not has_hooks(conv.norm)
         for conv in convolutions
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -68,7 +63,7 @@ def _convolutions_by_block(stage: nn.Sequential) -> list[tuple[list[Conv2d], Con
     blocks = []
     for block in stage:
         names = _CONVOLUTIONS.get(type(block))
-        if names is None or _has_hooks(block):
+        if names is None or has_hooks(block):
             return None
         convolutions = [getattr(block, name) for name in names]
         if not _frozen_norms(convolutions if block.shortcut is None else [*convolutions, block.shortcut]):

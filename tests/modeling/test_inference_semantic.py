@@ -129,13 +129,15 @@ def test_label_map_from_few_queries(monkeypatch, ways, resized, constant, undeci
     assert (ways["tiles"] if undecided == 0 else ways["pixels"]) > 0
 
 
-def test_of_equal_scores_the_first_class_is_taken(monkeypatch, ways):
+def test_one_of_equal_classes_is_taken(monkeypatch, ways):
     monkeypatch.setitem(label_map._ROWS, "cpu", (16, 16))
     class_logits, logits = scene(60, 6)
     twice = torch.cat([class_logits[:, :6], class_logits[:, :6], class_logits[:, 6:]], dim=1)
     labels = infer(twice, logits, IMAGE, IMAGE, label_map=True)
-    assert torch.equal(labels, semantic(twice, upsampled(logits, PADDED, IMAGE)).argmax(0))
-    assert int(labels.max()) < 6 and len(labels.unique()) > 3 and ways["tiles"] > 0
+    # of the first half only: products of equal rows may differ by rounding, so the formula itself may prefer either
+    expected = semantic(twice, upsampled(logits, PADDED, IMAGE))[:6].argmax(0)
+    assert torch.equal(labels % 6, expected)
+    assert len(labels.unique()) > 3 and ways["tiles"] > 0
 
 
 def test_what_is_left_out_keeps_within_the_error():

@@ -131,6 +131,22 @@ def check_rounding(actual, expected, dtype, roundings=1):
 
 @needs_fusion
 @torch.no_grad()
+def test_layers_that_are_more_than_their_weights_are_called():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, calls = torch.randn(5, 8), []
+    other = Doubled(8, 3)
+    torch.testing.assert_close(linear_relu(x, other), 2 * F.linear(x, other.weight, other.bias).relu())
+    watched = nn.Linear(8, 3)
+    watched.register_forward_hook(lambda *_: calls.append(1))
+    linear_relu(x, watched)
+    assert calls == [1]
+
+
+@needs_fusion
+@torch.no_grad()
 def test_fused_product_of_any_memory_layout():
     torch.manual_seed(1)
     x, weight = torch.randn(40, 64)[:, ::2], torch.randn(32, 50)

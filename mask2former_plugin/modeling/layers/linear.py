@@ -101,9 +101,17 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def linear_relu(x: Tensor, layer: nn.Linear) -> Tensor:
     """``relu(layer(x))``."""
-    if fuses(x, layer.weight):
+    # what somebody has put in the place of the layer, or hung on it, may do more than its weights
+    if type(layer) in (nn.Linear, Linear) and not has_hooks(layer) and fuses(x, layer.weight):
         return fused_linear(x, layer.weight, layer.bias, then="relu")
     return rectified(layer(x))
 
