@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mask2former_plugin.modeling.layers.fused_convolution import fused_convolution, fuses_convolutions
 from mask2former_plugin.modeling.layers.linear import has_hooks
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -86,14 +87,12 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def _has_fused_steps(x: Tensor) -> bool:
-    """Whether oneDNN convolves, adds and rectifies in one step, through the operators that ``torch.compile`` uses."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+    """Whether :func:`fused_convolution` takes it."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not x.numel():
         return False
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise") or not x.numel():
-        return False
-    if x.dtype == torch.bfloat16:  # the sum in this layout only
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and x.is_contiguous(memory_format=torch.channels_last)
-    return x.dtype == torch.float32
+    if x.dtype == torch.bfloat16 and not x.is_contiguous(memory_format=torch.channels_last):
+        return False  # the sum in this layout only
+    return fuses_convolutions(x.dtype)
 
 
 def _rectified_gradient(grad: Tensor, result: Tensor, overwrite: bool = True) -> Tensor:
@@ -121,11 +120,7 @@ class _FrozenConv:
         """``relu(norm(conv(x)) + addend)``, in the place of the addend; with ``rectify`` False ``norm(conv(x))``."""
         weight, bias = self.folded(weight, x.dtype), self.shift.to(x.dtype)
         if _has_fused_steps(x):
-            arguments = (x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
-            if addend is not None:
-                binary = torch.ops.mkldnn._convolution_pointwise_.binary
-                return binary(addend, *arguments, "add", 1.0, "relu", [], "")
-            return torch.ops.mkldnn._convolution_pointwise(*arguments, "relu" if rectify else "none", [], "")
+            return fused_convolution(x, weight, bias, self, rectify=rectify, addend=addend)
         result = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if addend is not None:
             result = addend.add_(result)

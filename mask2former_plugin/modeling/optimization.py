@@ -12,6 +12,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers import MultiheadAttention
+from mask2former_plugin.modeling.layers.fused_convolution import fused_convolution, fuses_convolutions
 from mask2former_plugin.modeling.lean_resnet import LeanStem
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,21 +117,14 @@ def fuse_residual_blocks(module: nn.Module) -> None:
 
 
 def _fusible(conv: nn.Module) -> bool:
-    if not (hasattr(torch.ops.mkldnn, "_convolution_pointwise") and torch.backends.mkldnn.is_available()):
-        return False
     if not isinstance(conv, nn.Conv2d) or conv.norm is not None or conv.activation is not None:
         return False
-    if conv.weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return conv.weight.dtype == torch.float32 and conv.padding_mode == "zeros"
+    return conv.padding_mode == "zeros" and fuses_convolutions(conv.weight.dtype)
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, addend: Tensor | None = None) -> Tensor:
     """``relu(conv(x))``, or ``relu(conv(x) + addend)`` in the place of ``addend``."""
-    arguments = (x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-    if addend is None:
-        return torch.ops.mkldnn._convolution_pointwise(*arguments, "relu", [], "")
-    return torch.ops.mkldnn._convolution_pointwise_.binary(addend, *arguments, "add", 1.0, "relu", [], "")
+    return fused_convolution(x, conv.weight, conv.bias, conv, addend=addend)
 
 
 class FusedStem(nn.Module):

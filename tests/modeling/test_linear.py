@@ -31,7 +31,7 @@ needs_fast_path = pytest.mark.skipif(
 
 needs_fusion = pytest.mark.skipif(not module._HAS_FUSED, reason="this torch has no fused linear layers")
 needs_bfloat16 = pytest.mark.skipif(
-    not (module._HAS_FUSED and module._calculates_in_bfloat16()), reason="this CPU does not calculate in bfloat16"
+    not (module._HAS_FUSED and module.calculates_in_bfloat16()), reason="this CPU does not calculate in bfloat16"
 )
 
 

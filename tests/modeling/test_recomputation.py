@@ -106,14 +106,18 @@ def test_lean_training_changes_rounding_only(small_config, kind, dropout):
             assert (own_gradients[name] - gradient).norm() <= 1e-7 * gradient.norm() + 1e-12, name
 
 
+def random_features(input_shape):
+    return {
+        name: torch.randn(2, s.channels, 96 // s.stride, 64 // s.stride, dtype=torch.float64)
+        for name, s in input_shape.items()
+    }
+
+
 @pytest.mark.parametrize("norm", ["GN", "BN"])
 @pytest.mark.parametrize("key", [None, *KEYS[1:]])
 def test_lean_heads_equal_plain_ones(small_config, input_shape, norm, key):
     torch.manual_seed(0)
-    features = {
-        name: torch.randn(2, s.channels, 96 // s.stride, 64 // s.stride, dtype=torch.float64)
-        for name, s in input_shape.items()
-    }
+    features = random_features(input_shape)
     found = []
     for lean in (False, True):
         cfg = small_config("MODEL.SEM_SEG_HEAD.NORM", norm, *([key, True] if key else []))
@@ -232,10 +236,7 @@ def test_nothing_to_recompute_is_an_error(small_config, input_shape):
 
 def test_encoder_in_pieces_changes_nothing(small_config, input_shape, monkeypatch):
     torch.manual_seed(0)
-    features = {
-        name: torch.randn(2, s.channels, 96 // s.stride, 64 // s.stride, dtype=torch.float64)
-        for name, s in input_shape.items()
-    }
+    features = random_features(input_shape)
     found = []
     for key in (False, True):
         cfg = small_config("MODEL.SEM_SEG_HEAD.USE_CHECKPOINT", key)

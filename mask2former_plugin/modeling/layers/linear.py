@@ -81,12 +81,13 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
 
 def _fuses_in(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
-        return _calculates_in_bfloat16()
+        return calculates_in_bfloat16()
     return dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
-def _calculates_in_bfloat16() -> bool:
+def calculates_in_bfloat16() -> bool:
+    """Whether the CPU has products in it."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
