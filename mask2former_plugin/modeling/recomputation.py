@@ -133,17 +133,18 @@ def recompute_activations(module: nn.Module, key: str) -> None:
 
 @contextlib.contextmanager
 def _running_statistics_kept(layer: Callable[..., Any]) -> Iterator[None]:
-    """While the layer runs a second time, its batch norms don't count the batch a second time."""
+    """While the layer runs a second time, its batch norms count the batch in copies of their statistics."""
     modules = getattr(layer, "__self__", layer).modules()
-    norms = [m for m in modules if hasattr(m, "running_mean") and getattr(m, "momentum", None) is not None]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    # not momentum 0 and no counter: synchronised norms insist on a counter
+    norms = [m for m in modules if getattr(m, "num_batches_tracked", None) is not None]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     try:
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer.clone())
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, kept):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def _is_costly(operator: Any, args: tuple) -> bool:
