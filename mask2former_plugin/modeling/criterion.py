@@ -152,7 +152,7 @@ class SetCriterion(nn.Module):
                     candidates = int(self.num_points * self.oversample_ratio)
                     others = self.num_points - self._num_uncertain
                     draws.append(LossPoints(number, candidates, others, device, deferred=at_once > 1))
-            found = matcher(group, matching)
+            found = matcher(group, matching, first=start)
             matches += found
             points += [
                 self._choose_points(masks, own, draw) for (_, masks), own, draw in zip(group, found, draws)

@@ -127,25 +127,26 @@ class _DenseLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_focal: Tensor, grad_dice: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         embed, features, overlap, total = ctx.saved_tensors
         masks: MatchedMasks = ctx.masks
-        slopes = torch.stack(
-            (
-                grad_focal / (masks.padded_size[0] * masks.padded_size[1]),
-                grad_dice * (-2 / total),
-                grad_dice * (2 * overlap + 1) / total**2,
+        with torch.autocast(embed.device.type, enabled=False):  # a caller's own may still be on
+            slopes = torch.stack(
+                (
+                    grad_focal / (masks.padded_size[0] * masks.padded_size[1]),
+                    grad_dice * (-2 / total),
+                    grad_dice * (2 * overlap + 1) / total**2,
+                )
             )
-        )
-        product, upsampling = Product(embed, features), _Upsampling(features.shape[-2:], masks.padded_size, features)
-        product.start_gradients()
-        for chunk in masks.chunks(_at_once(features)):
-            logits, found = product.logits(chunk), slopes[:, chunk.rows]
-            for target, own in chunk.of_targets():
-                truth, wide = masks.target(chunk.image, target), upsampling.widen(logits[own])
-                gradient = torch.zeros_like(wide)
-                for pixels, source, weights in _strips(upsampling, wide, truth):
-                    strip = pixels.gradient(*found[:, own]).unflatten(1, (len(weights), -1))
-                    gradient[:, source] += weights.T @ strip
-                logits[own] = upsampling.narrow(gradient)
-            product.add_gradient(chunk, logits.flatten(1))
+            product, upsampling = Product(embed, features), _Upsampling(features.shape[-2:], masks.padded_size, features)
+            product.start_gradients()
+            for chunk in masks.chunks(_at_once(features)):
+                logits, found = product.logits(chunk), slopes[:, chunk.rows]
+                for target, own in chunk.of_targets():
+                    truth, wide = masks.target(chunk.image, target), upsampling.widen(logits[own])
+                    gradient = torch.zeros_like(wide)
+                    for pixels, source, weights in _strips(upsampling, wide, truth):
+                        strip = pixels.gradient(*found[:, own]).unflatten(1, (len(weights), -1))
+                        gradient[:, source] += weights.T @ strip
+                    logits[own] = upsampling.narrow(gradient)
+                product.add_gradient(chunk, logits.flatten(1))
         return *product.gradients(), None
 
 

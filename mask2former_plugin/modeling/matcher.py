@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +116,7 @@ class HungarianMatcher(nn.Module):
                 points = [self.draw_points(len(targets), device) for _ in full]
             return self.prepared(targets, padded_size)(full, points)
 
-    def prepared(
-        self, targets: Sequence[Mapping], padded_size: tuple[int, int]
-    ) -> Callable[[Sequence[Prediction], Sequence[Tensor]], list[list[Match]]]:
+    def prepared(self, targets: Sequence[Mapping], padded_size: tuple[int, int]) -> _TargetMatcher:
         """Matching of predictions in full precision, at their points, with these targets; see :meth:`match`."""
         return _TargetMatcher(self, targets, padded_size)
 
@@ -138,7 +136,10 @@ class _TargetMatcher:
         self.packed = [PackedMasks(t["masks"]) for t in targets] if matcher.num_points else []
 
     @torch.no_grad()
-    def __call__(self, predictions: Sequence[Prediction], points: Sequence[Tensor]) -> list[list[Match]]:
+    def __call__(
+        self, predictions: Sequence[Prediction], points: Sequence[Tensor], first: int = 0
+    ) -> list[list[Match]]:
+        """``first``: which of all predictions the first one is, for error messages; 0 is the last layer's."""
         costs = []
         for i, (class_logits, masks) in enumerate(predictions):
             # rows of a table that needs a gradient would be summed up in a slower way
@@ -151,7 +152,7 @@ class _TargetMatcher:
             ]
         on_host = torch.cat([c.flatten() for c in costs]).cpu()
         if not torch.isfinite(on_host).all():
-            raise FloatingPointError(_explain_not_finite(predictions))
+            raise FloatingPointError(_explain_not_finite(predictions, first))
         matrices = on_host.split([c.numel() for c in costs])
         matches = [_assign(m.reshape(c.shape)) for m, c in zip(matrices, costs)]
         number = len(self.targets)
@@ -232,10 +233,10 @@ def _assign(cost: Tensor) -> Match:
     return torch.as_tensor(queries, dtype=torch.int64), torch.as_tensor(targets, dtype=torch.int64)
 
 
-def _explain_not_finite(predictions: Sequence[tuple[Tensor, MaskLogits]]) -> str:
-    names = ["the last prediction"] + [f"auxiliary prediction {i}" for i in range(len(predictions) - 1)]
+def _explain_not_finite(predictions: Sequence[Prediction], first: int) -> str:
     found = []
-    for name, (class_logits, masks) in zip(names, predictions):
+    for number, (class_logits, masks) in enumerate(predictions, start=first):
+        name = f"auxiliary prediction {number - 1}" if number else "the last prediction"
         parts = {"class logits": class_logits, "mask embeddings": masks.embed, "per-pixel embeddings": masks.features}
         bad = [part for part, tensor in parts.items() if not torch.isfinite(tensor).all()]
         if bad:

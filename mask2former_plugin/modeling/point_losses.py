@@ -41,17 +41,19 @@ class _PointLosses(torch.autograd.Function):
     def backward(
         ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        product = Product(*ctx.saved_tensors)
-        product.start_gradients()
-        for chunk, points, logits, truth in _samples(product, ctx.masks, ctx.points):
-            rows = chunk.rows
-            probability = logits.sigmoid()
-            overlap, total = _overlap_and_total(probability, truth)
-            # d dice / d probability = (2 overlap + 1) / (total + 1)² − 2 truth / (total + 1)
-            slope = truth * (-2 / (total + 1))[:, None] + ((2 * overlap + 1) / (total + 1) ** 2)[:, None]
-            grad = slope.mul_(grad_dice[rows, None]).mul_(probability * (1 - probability))
-            grad.addcmul_(probability - truth, grad_cross_entropy[rows, None] / truth.shape[1])
-            product.add_gradient(chunk, _to_pixels(grad, points, product.features.shape[-2:]))
+        embed, features = ctx.saved_tensors
+        with torch.autocast(embed.device.type, enabled=False):  # a caller's own may still be on
+            product = Product(embed, features)
+            product.start_gradients()
+            for chunk, points, logits, truth in _samples(product, ctx.masks, ctx.points):
+                rows = chunk.rows
+                probability = logits.sigmoid()
+                overlap, total = _overlap_and_total(probability, truth)
+                # d dice / d probability = (2 overlap + 1) / (total + 1)² − 2 truth / (total + 1)
+                slope = truth * (-2 / (total + 1))[:, None] + ((2 * overlap + 1) / (total + 1) ** 2)[:, None]
+                grad = slope.mul_(grad_dice[rows, None]).mul_(probability * (1 - probability))
+                grad.addcmul_(probability - truth, grad_cross_entropy[rows, None] / truth.shape[1])
+                product.add_gradient(chunk, _to_pixels(grad, points, product.features.shape[-2:]))
         return *product.gradients(), None, None
 
 

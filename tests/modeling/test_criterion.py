@@ -212,6 +212,28 @@ def test_bfloat16_predictions_under_autocast():
         assert all(g.isfinite().all() for g in gradients(losses, half))
 
 
+@pytest.mark.parametrize("num_points", [0, POINTS])
+def test_backward_pass_inside_autocast(num_points):
+    leaves = [leaf.detach().float().requires_grad_() for leaf in parameters(2)]
+    targets = random_targets((3, 2), [SIZE, SIZE], CLASSES)
+    total = sum(make_criterion(num_points).float()(outputs_of(leaves), targets, SIZE).values())
+    expected = torch.autograd.grad(total, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(total, leaves)
+    for actual, wanted in zip(found, expected):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("num_points", [0, POINTS])
+@pytest.mark.parametrize("taking_turns", [True, False])
+def test_predictions_that_are_not_finite_are_named(num_points, taking_turns, monkeypatch):
+    monkeypatch.setattr(criterion_module, "_takes_turns", lambda device: taking_turns)
+    outputs = outputs_of([leaf.detach() for leaf in parameters(4)])
+    outputs["aux_outputs"][1]["pred_logits"][0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinity in class logits of auxiliary prediction 1: "):
+        make_criterion(num_points)(outputs, random_targets((3, 2), [SIZE, SIZE], CLASSES), SIZE)
+
+
 def test_empty_weight_is_part_of_the_checkpoint():
     state = make_criterion(POINTS).state_dict()
     assert list(state) == ["empty_weight"]
