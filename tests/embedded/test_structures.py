@@ -251,6 +251,7 @@ def test_instances_index_lists_too():
     instances = Instances((4, 4), names=["a", "b", "c"], classes=torch.arange(3))
     assert instances[torch.tensor([False, True, True])].names == ["b", "c"]
     assert instances[[2, 0]].names == ["c", "a"]
+    assert instances[[]].names == [] and len(instances[[]].classes) == 0
     assert instances[np.int64(1)].names == ["b"]
 
 

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from mask2former_plugin.config import load_config
 from mask2former_plugin.evaluation import InstanceSegEvaluator, RunLengthCOCOEvaluator, build_evaluator
+from mask2former_plugin.modeling.inference.light_outputs import RunLengths
 
 
 def tasks(semantic, instance, panoptic):
@@ -77,6 +78,22 @@ def test_ap_of_things_that_do_not_begin_at_zero(dataset, tmp_path):
     assert results["segm"]["AP-cup"] == pytest.approx(100.0) and results["segm"]["AP-hat"] == pytest.approx(100.0)
     # the catalog's metadata stays as it was registered
     assert MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id == {11: 1, 12: 2}
+
+
+def test_images_without_a_thing(dataset):
+    """Dense masks or run lengths; of no instance at all, or of stuff only."""
+    name, masks = dataset
+    evaluator = InstanceSegEvaluator(name)
+    nothing = [predictions(masks, 1)["instances"][[2]], predictions(masks, 1)["instances"][[]]]
+    for instances in nothing:
+        codes = RunLengths([{"size": [16, 20], "counts": "0P:"}] * len(instances))
+        run_lengths = Instances((16, 20), pred_masks_rle=codes)
+        for field in ("pred_boxes", "pred_classes", "scores"):
+            run_lengths.set(field, instances.get(field))
+        for output in (instances, run_lengths):
+            evaluator.reset()
+            evaluator.process([{"image_id": 1}], [{"instances": output}])
+            assert np.isnan(evaluator.evaluate()["bbox"]["AP"])
 
 
 @pytest.mark.parametrize(

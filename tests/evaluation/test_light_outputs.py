@@ -329,6 +329,8 @@ def test_run_lengths_are_indexed_like_masks():
     ):
         assert torch.equal(instances[chosen].pred_masks_rle.dense(), masks[chosen])
         assert type(instances[chosen].pred_masks_rle) is RunLengths
+    for nothing in ([], torch.zeros(0, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), slice(0, 0)):
+        assert instances[nothing].pred_masks_rle == RunLengths() and len(instances[nothing]) == 0
     assert instances[1].pred_masks_rle == [codes[1]]
     assert instances.to("cpu").pred_masks_rle == codes
     with pytest.raises(ValueError, match="no masks"):

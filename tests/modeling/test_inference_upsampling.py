@@ -11,6 +11,7 @@ from mask2former_plugin.modeling.inference.upsampling import (
     Buffers,
     ImageMasks,
     Tiles,
+    empty_result,
     first_largest,
     resize_block,
 )
@@ -119,6 +120,34 @@ def test_first_largest_is_argmax_with_the_first_of_equal_ones():
     assert torch.equal(first_largest(torch.full((3, 2, 2), -1e30)), torch.zeros(2, 2, dtype=torch.int64))
     numbers = torch.tensor([0, 2, 3, 7, 8, 9, 20, 21, 100])
     assert torch.equal(first_largest(values.clone(), numbers), numbers[first])
+
+
+def test_first_largest_of_nan_is_one_of_the_numbers():
+    values = torch.randn(4, 3)
+    values[:, 1] = torch.nan
+    numbers = torch.tensor([2, 3, 5, 8])
+    expected = numbers[values.argmax(0)]
+    assert expected[1] == 2 and torch.equal(first_largest(values.clone(), numbers), expected)
+
+
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+def test_infinite_logits_stay_where_they_are(infinite):
+    """Half precision has them; a weight of 0 must not make them NaN in the rest of the tile."""
+    logits = torch.randn(3, 16, 24)
+    logits[1, 5, 7] = infinite
+    masks = ImageMasks(logits.half(), (64, 96), (45, 81), (91, 130))
+    found = masks.block((0, 91), (0, 130)).sigmoid()
+    expected = upsampled(logits.half().float(), (64, 96), (45, 81), (91, 130)).sigmoid()
+    number = ~expected.isnan()  # the formula itself has weights of 0 at a few pixels
+    torch.testing.assert_close(found[number], expected[number], atol=5e-6, rtol=0)
+    assert not found.isnan().any() and (expected[1] == (infinite > 0)).sum() > 10
+    low, high = (bound.sigmoid() for bound in masks.bounds([(0, 91)], [(0, 130)]))
+    assert (low[:, 0] <= found.flatten(1).amin(1)).all() and (found.flatten(1).amax(1) <= high[:, 0]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 4), (2, 0, 4)])
+def test_result_of_any_size(shape):
+    assert empty_result(shape, torch.float32, torch.device("cpu")).shape == shape
 
 
 def test_buffers_grow_and_keep_their_memory():

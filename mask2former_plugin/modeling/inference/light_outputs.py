@@ -39,6 +39,8 @@ class RunLengths(list):
             return super().__getitem__(item)
         if isinstance(item, slice):
             return RunLengths(super().__getitem__(item))
+        if isinstance(item, list) and not item:
+            return RunLengths()  # as a tensor it would be one of float32
         positions = torch.arange(len(self))[torch.as_tensor(item).cpu()]
         return RunLengths(super(RunLengths, self).__getitem__(i) for i in positions.tolist())
 

@@ -182,6 +182,14 @@ def resize_block(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None
     return torch.bmm(rows.expand(len(maps), -1, -1), wide, out=out)
 
 
+def _finite(logits: Tensor) -> Tensor:
+    """The logits with large numbers in the place of infinite ones, which weights of 0 would make NaN all over a tile."""
+    if not logits.numel() or not torch.stack(logits.aminmax()).isinf().any():
+        return logits
+    limit = torch.finfo(logits.dtype).max / 4
+    return logits.clamp(-limit, limit)
+
+
 class ImageMasks:
     """Mask logits of one image at the size of the result, in tiles.
 
@@ -205,7 +213,7 @@ class ImageMasks:
         output_size: tuple[int, int] | None = None,
         window: Window | None = None,
     ) -> None:
-        self.logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.logits = _finite(logits if logits.dtype == torch.float64 else logits.float())
         output_size = output_size or image_size
         windows = window.axes if window is not None else (None, None)
         self._rows, self._columns = (
@@ -282,7 +290,7 @@ class ImageMasks:
             low, high = band.amin(1), band.amax(1)
             lows += [low[:, slice(*columns)].amin(1) for columns in column_sources]
             highs += [high[:, slice(*columns)].amax(1) for columns in column_sources]
-        slack = _ROUNDING * self.logits.abs().amax() if len(self.logits) else 0.0
+        slack = _ROUNDING * torch.stack(self.logits.aminmax()).abs().amax() if len(self.logits) else 0.0
         return (torch.stack(lows, dim=1) - slack).cpu(), (torch.stack(highs, dim=1) + slack).cpu()
 
 
@@ -292,11 +300,11 @@ def empty_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
         return torch.empty(shape, dtype=dtype, device=device)
     # NumPy, other than torch, asks for huge pages: the kernel hands out and zeroes fewer than a hundredth as many
     memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(*shape)
+    return torch.from_numpy(memory).view(dtype).view(*shape) if len(memory) else torch.empty(shape, dtype=dtype)
 
 
 def first_largest(values: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """``argmax(0)`` of ``[N, …]``, the first of equal ones; the values are used up.
+    """``argmax(0)`` of ``[N, …]``, the first of equal ones, 0 where there is NaN; the values are used up.
 
     Args:
         numbers: int64 ``[N]``, ascending; given in the place of 0 … N-1.
@@ -310,4 +318,5 @@ def first_largest(values: Tensor, numbers: Tensor | None = None) -> Tensor:
     end = int(numbers[-1]) + 1
     rank = (end - numbers).to(values.dtype).view(-1, *[1] * (values.ndim - 1))
     best = torch.eq(values, values.amax(0), out=values).mul_(rank).amax(0)
-    return (end - best).long()
+    # NaN equals nothing, not even itself
+    return torch.where(best > 0, end - best, numbers[0].to(best.dtype)).long()

@@ -93,6 +93,8 @@ class Instances:
                 raise IndexError(f"index {item} is out of range for {count} instances")
             position = int(item) % count
             item = slice(position, position + 1)
+        elif isinstance(item, list) and not item:
+            item = slice(0)  # as a tensor it would be one of float32
         chosen = Instances(self._image_size)
         for name, value in self._fields.items():
             if isinstance(value, (list, tuple)) and not isinstance(item, slice):
