@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pycocotools.mask
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
@@ -17,6 +19,7 @@ from mask2former_plugin.modeling.inference import (
     needed_queries,
     run_tasks,
 )
+from mask2former_plugin.modeling.inference.light_outputs import RunLengths, dense_masks
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
 from mask2former_plugin.modeling.mask_logits import MaskLogits
 
@@ -168,17 +171,17 @@ class PostProcessing:
         for index, class_logits, size in predictions:
             likely = class_probabilities(class_logits)[:, :-1] >= threshold  # no score is above its class probability
             top_k = min(len(class_logits), int(likely.sum()))
-            task = InstanceTask(
-                class_logits, size, top_k=top_k, mask_threshold=mask_threshold, encoded=return_coco_annotation
-            )
+            # as run lengths also for the other forms: ordering dense masks would double them
+            task = InstanceTask(class_logits, size, top_k=top_k, mask_threshold=mask_threshold, encoded=True)
             instances = _kept(predictions.run(index, task), threshold)
+            codes, device = instances.pred_masks_rle, class_logits.device
             if return_binary_maps:
-                segmentation: Any = instances.pred_masks
+                segmentation: Any = dense_masks(codes, size).to(device)
             elif return_coco_annotation:
-                segmentation = list(instances.pred_masks_rle)
+                segmentation = list(codes)
             else:
-                segmentation, painted = _id_map(instances.pred_masks, overlap_mask_area_threshold)
-                instances = instances[painted]
+                ids, painted = _id_map(codes, size, overlap_mask_area_threshold)
+                segmentation, instances = ids.to(device), instances[painted]
             pairs = zip(instances.pred_classes.tolist(), instances.scores.tolist())
             info = [_segment(i, label, score, fused=False) for i, (label, score) in enumerate(pairs)]
             results.append({"segmentation": segmentation, "segments_info": info})
@@ -245,14 +248,16 @@ def _kept(instances: Instances, threshold: float) -> Instances:
     return instances[instances.scores.argsort(descending=True, stable=True)]
 
 
-def _id_map(masks: Tensor, least_visible: float) -> tuple[Tensor, Tensor]:
-    """Ids of masks ``[N, H, W]`` where a pixel belongs to the first that has it, and which masks got pixels."""
-    ids = torch.full(masks.shape[1:], BACKGROUND, dtype=torch.int32, device=masks.device)
+def _id_map(codes: RunLengths, size: tuple[int, int], least_visible: float) -> tuple[Tensor, list[int]]:
+    """Ids int32 ``[H, W]`` where a pixel belongs to the first mask that has it, and which masks got pixels."""
+    ids = np.full(size[::-1], BACKGROUND, dtype=np.int32)  # column by column, as run lengths are
     painted: list[int] = []
-    for i, mask in enumerate(masks):
-        visible = mask & (ids == BACKGROUND)
-        area = int(visible.sum())
-        if area and area / int(mask.sum()) >= least_visible:
-            ids[visible] = len(painted)
+    for i, code in enumerate(codes):
+        left, top, width, height = pycocotools.mask.toBbox(code).astype(int)
+        box = slice(left, left + width), slice(top, top + height)
+        visible = pycocotools.mask.decode(code).T[box].astype(bool) & (ids[box] == BACKGROUND)
+        area = np.count_nonzero(visible)
+        if area and area / int(pycocotools.mask.area(code)) >= least_visible:
+            np.copyto(ids[box], len(painted), where=visible)
             painted.append(i)
-    return ids, torch.tensor(painted, dtype=torch.int64, device=masks.device)
+    return torch.from_numpy(np.ascontiguousarray(ids.T)), painted

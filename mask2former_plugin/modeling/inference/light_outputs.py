@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,18 @@ class RunLengths(list):
         """
         if not self:
             raise ValueError("no masks: their size is unknown")
-        return torch.from_numpy(pycocotools.mask.decode(list(self))).permute(2, 0, 1).bool()
+        return dense_masks(self, self[0]["size"])
+
+
+def dense_masks(codes: Sequence[Mapping[str, Any]], size: Sequence[int]) -> Tensor:
+    """Run lengths of masks of one size as bool ``[N, H, W]`` on the CPU."""
+    # one at a time and inside its box: what is not written of NumPy's zeros is no real memory
+    masks = np.zeros((len(codes), *size), dtype=bool)
+    for mask, code in zip(masks, codes):
+        left, top, width, height = pycocotools.mask.toBbox(code).astype(int)
+        box = slice(top, top + height), slice(left, left + width)
+        mask[box] = pycocotools.mask.decode(code)[box]
+    return torch.from_numpy(masks)
 
 
 def without_pairs(places: np.ndarray) -> np.ndarray:

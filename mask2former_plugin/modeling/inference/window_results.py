@@ -12,7 +12,13 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from mask2former_plugin.modeling.inference.instance import InstanceTask
-from mask2former_plugin.modeling.inference.light_outputs import LabelMap, RunLengths, encode_changes, without_pairs
+from mask2former_plugin.modeling.inference.light_outputs import (
+    LabelMap,
+    RunLengths,
+    dense_masks,
+    encode_changes,
+    without_pairs,
+)
 from mask2former_plugin.modeling.inference.panoptic import PanopticTask
 from mask2former_plugin.modeling.inference.semantic import SemanticTask
 from mask2former_plugin.modeling.inference.tasks import Task, full_precision, masks_of_task
@@ -349,7 +355,7 @@ class InstanceWindows:
                 {"size": list(self._size), "counts": _text(code["counts"])} for code in codes
             )
         else:
-            instances.pred_masks = self._dense(codes, boxes.astype(int).tolist())
+            instances.pred_masks = dense_masks(codes, self._size).to(self._device)
         instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32, device=self._device))
         instances.scores = torch.tensor([scores[i] for i in keep], device=self._device)
         instances.pred_classes = torch.tensor([classes[i] for i in keep], dtype=torch.int64, device=self._device)
@@ -372,12 +378,6 @@ class InstanceWindows:
             areas = _areas(parts)
         score = float(np.average([self._scores[member] for member in members], weights=areas))
         return pycocotools.mask.merge(parts), score, self._classes[members[0]], seen_by
-
-    def _dense(self, codes: Sequence[dict[str, Any]], boxes: Sequence[Sequence[int]]) -> Tensor:
-        masks = np.zeros((len(codes), *self._size), dtype=bool)
-        for mask, code, (left, top, right, bottom) in zip(masks, codes, boxes):
-            mask[top:bottom, left:right] = pycocotools.mask.decode(code)[top:bottom, left:right]
-        return torch.from_numpy(masks).to(self._device)
 
 
 def _areas(codes: Sequence[dict[str, Any]]) -> np.ndarray:
