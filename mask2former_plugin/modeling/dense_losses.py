@@ -135,7 +135,8 @@ class _DenseLosses(torch.autograd.Function):
                     grad_dice * (2 * overlap + 1) / total**2,
                 )
             )
-            product, upsampling = Product(embed, features), _Upsampling(features.shape[-2:], masks.padded_size, features)
+            upsampling = _Upsampling(features.shape[-2:], masks.padded_size, features)
+            product = Product(embed, features)
             product.start_gradients()
             for chunk in masks.chunks(_at_once(features)):
                 logits, found = product.logits(chunk), slopes[:, chunk.rows]

@@ -87,7 +87,9 @@ def _to_pixels(grad: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
     return gradient.flatten(1)
 
 
-def point_losses(embed: Tensor, features: Tensor, masks: MatchedMasks, points: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def point_losses(
+    embed: Tensor, features: Tensor, masks: MatchedMasks, points: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Mean binary cross-entropy and dice loss of each matched mask at its points, ``[R]`` each.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class RunsLayers(nn.Module):
             layer,
             *args,
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(layer)),
+            context_fn=lambda: (contextlib.nullcontext(), _StatisticsKept(layer)),
         )
 
     def runs_lean(self) -> bool:
@@ -131,19 +131,23 @@ def recompute_activations(module: nn.Module, key: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _running_statistics_kept(layer: Callable[..., Any]) -> Iterator[None]:
-    """While the layer runs a second time, its batch norms count the batch in copies of their statistics."""
-    modules = getattr(layer, "__self__", layer).modules()
-    # not momentum 0 and no counter: synchronised norms insist on a counter
-    norms = [m for m in modules if getattr(m, "num_batches_tracked", None) is not None]
-    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    try:
-        for norm, name, buffer in kept:
+class _StatisticsKept:
+    """While a layer runs a second time, its batch norms count the batch in copies of their statistics; as often as
+    there are backward passes."""
+
+    def __init__(self, layer: Callable[..., Any]) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        modules = getattr(self.layer, "__self__", self.layer).modules()
+        # not momentum 0 and no counter: synchronised norms insist on a counter
+        norms = [m for m in modules if getattr(m, "num_batches_tracked", None) is not None]
+        self.kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+        for norm, name, buffer in self.kept:
             setattr(norm, name, buffer.clone())
-        yield
-    finally:
-        for norm, name, buffer in kept:
+
+    def __exit__(self, *error: object) -> None:
+        for norm, name, buffer in self.kept:
             setattr(norm, name, buffer)
 
 
@@ -172,12 +176,11 @@ class _Repeats(TorchDispatchMode):
 
     def __init__(self, results: list[Any], layer: Callable[..., Any]) -> None:
         super().__init__()
-        self.results, self.layer = results, layer
+        self.results, self.statistics = results, _StatisticsKept(layer)
         self.number = 0
 
     def __enter__(self) -> _Repeats:
         self.number = 0
-        self.statistics = _running_statistics_kept(self.layer)
         self.statistics.__enter__()
         return super().__enter__()
 

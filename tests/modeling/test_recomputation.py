@@ -154,9 +154,11 @@ class Convolves(RunsLayers):
         return self.run_lean(self.convolve, x)
 
 
-def test_second_backward_pass():
+@pytest.mark.parametrize("whole", [False, True])
+def test_second_backward_pass(whole):
     torch.manual_seed(0)
     module = Convolves(overwrites=False).double()
+    module.recompute_cheap_steps, module.recompute_layers = not whole, whole
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     loss = module(x).sum()
     expected = torch.autograd.grad(module.convolve(x).sum(), [x, *module.parameters()])
