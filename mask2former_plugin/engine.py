@@ -102,6 +102,7 @@ class Trainer(DefaultTrainer):
         if amp:
             inner = self._trainer
             self._trainer = MixedPrecisionTrainer(inner.model, inner.data_loader, inner.optimizer, PRECISIONS[cfg.SOLVER.AMP.PRECISION])
+            self._trainer.register_hooks(inner._hooks)
         self._trainer.zero_grad_before_forward = True  # old gradients need no memory beside what the forward pass keeps
         self.checkpointer = Checkpointer.of_trainer(self)
         self._hooks.clear()

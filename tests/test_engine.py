@@ -122,6 +122,21 @@ def test_bfloat16_training_on_any_device(run):
     assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
 
 
+@pytest.mark.embedded_only  # upstream calls after_backward of hooks of the inner trainer only
+@pytest.mark.parametrize("amp", [False, True])
+def test_hooks_see_the_gradients(run, monkeypatch, amp):
+    seen = []
+
+    class SeesGradients(hooks.HookBase):
+        def after_backward(self):
+            seen.append(any(p.grad is not None for p in self.trainer.model.parameters()))
+
+    build_hooks = Trainer.build_hooks
+    monkeypatch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), SeesGradients()])
+    run("mask2former", "SOLVER.MAX_ITER", "2", "SOLVER.AMP.ENABLED", str(amp), "SOLVER.AMP.PRECISION", "bfloat16", "DATASETS.TEST", "()")
+    assert seen == [True, True]
+
+
 def test_scaled_float16_step_equals_plain_float32_step():
     """The scaler's factor cancels: a linear model whose numbers are exact in float16 gets the same update either way."""
 
