@@ -171,6 +171,16 @@ def test_nothing_intact_to_resume_from(tmp_path):
         DetectionCheckpointer(Model(), str(tmp_path)).resume_or_load("")
 
 
+@pytest.mark.embedded_only
+def test_what_killed_processes_left_goes_with_the_next_checkpoint(tmp_path):
+    left, being_written = tmp_path / ".model_3.pth.1.incomplete", tmp_path / ".model_4.pth.2.incomplete"
+    for path in (left, being_written):
+        path.write_bytes(b"PK")
+    os.utime(left, (time.time() - 7200,) * 2)
+    DetectionCheckpointer(Model(), str(tmp_path)).save("model_5")
+    assert {path.name for path in tmp_path.iterdir()} == {being_written.name, "model_5.pth", "last_checkpoint"}
+
+
 # ---- formats ----
 
 

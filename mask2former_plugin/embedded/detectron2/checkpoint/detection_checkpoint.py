@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zipfile
 from typing import Any
 from urllib.parse import parse_qsl, urlparse
@@ -17,6 +18,8 @@ from detectron2.utils.file_io import PathManager
 
 _HEURISTICS = "matching_heuristics"
 _LAST = "last_checkpoint"
+_INCOMPLETE = ".incomplete"
+_ABANDONED = 3600.0  # seconds after which nobody goes on writing an incomplete file
 
 
 def _is_local(path: str) -> bool:
@@ -27,7 +30,8 @@ class DetectionCheckpointer(Checkpointer):
     """Checkpointer of models in Detectron2's formats.
 
     * A file appears under its name only when it is complete; ``last_checkpoint`` names the last complete one. If that
-      is damaged all the same, resuming takes the newest intact file.
+      is damaged all the same, resuming takes the newest intact file. What a killed process has left of a file goes with
+      a later one.
     * Reads ``.pth`` / ``.pt`` / ``.bin``, ``.pkl`` (numpy weights, Caffe2 and pycls included) and ``.safetensors``
       without running code that a file carries.
     * ``path?matching_heuristics=True`` fits the names of a foreign checkpoint to the model's, see
@@ -71,6 +75,7 @@ class DetectionCheckpointer(Checkpointer):
         data.update((key, checkpointable.state_dict()) for key, checkpointable in self.checkpointables.items())
         data.update(kwargs)
         path = os.path.join(self.save_dir, basename)
+        self._remove_abandoned_files()
         self.logger.info("Saving checkpoint to %s", path)
         self._write_atomically(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(basename)
@@ -87,7 +92,7 @@ class DetectionCheckpointer(Checkpointer):
             return
         folder, name = os.path.split(path)
         os.makedirs(folder or ".", exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{os.getpid()}.incomplete")
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}{_INCOMPLETE}")
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -97,6 +102,18 @@ class DetectionCheckpointer(Checkpointer):
         finally:
             if os.path.exists(temporary):
                 os.remove(temporary)
+
+    def _remove_abandoned_files(self) -> None:
+        """Remove what processes have left that were killed while they saved."""
+        if not os.path.isdir(self.save_dir):
+            return
+        for name in os.listdir(self.save_dir):
+            path = os.path.join(self.save_dir, name)
+            if not (name.startswith(".") and name.endswith(_INCOMPLETE)):
+                continue
+            if time.time() - os.path.getmtime(path) > _ABANDONED:
+                self.logger.info("Removing %s, which a process that was killed has left", path)
+                os.remove(path)
 
     # ---- resuming ----
 
