@@ -22,11 +22,13 @@ def main(args):
     with user_errors():
         cfg = setup(args)
     if not args.eval_only:
-        trainer = Trainer(cfg)
+        with user_errors(AssertionError, ValueError, FileNotFoundError):  # Detectron2 asserts that a dataset is not empty
+            trainer = Trainer(cfg)
         with user_errors(*LOADING_ERRORS):
             trainer.resume_or_load(resume=args.resume)
         return trainer.train()
-    model = Trainer.build_model(cfg)
+    with user_errors():
+        model = Trainer.build_model(cfg)
     with user_errors(*LOADING_ERRORS):
         load_for_evaluation(model, cfg, resume=args.resume)
     results = Trainer.test(cfg, model)

@@ -1,6 +1,7 @@
 """Datasets from the config alone: three formats, their errors, and the checks against the model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,6 +410,81 @@ def test_coco_instances_ground_truth_is_perfect(root, first_id):
     assert evaluator.evaluate()["segm"]["AP"] == pytest.approx(100)
 
 
+def change(root, kind, number, **fields):
+    """Change an entry of the instances JSON; a field of value None goes."""
+    path = root / "zoo/instances.json"
+    content = json.loads(path.read_text())
+    entry = content[kind][number]
+    entry.update(fields)
+    content[kind][number] = {key: value for key, value in entry.items() if value is not None}
+    path.write_text(json.dumps(content))
+
+
+INSTANCES = {"FORMAT": "coco_instances", "IMAGES": "zoo/images", "JSON": "zoo/instances.json"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("images", {"height": None}, "number 2 of its images has no 'height'"),
+        ("images", {"id": 1}, "several of its images have the id 1"),
+        ("categories", {"name": None}, "number 9 of its categories has no 'name'"),
+        ("categories", {"id": 7}, "several of its categories have the id 7"),
+        ("categories", {"id": "9"}, "category 'cat' has the id '9', which is no number"),
+        ("annotations", {"image_id": None}, "number 2 of its annotations has no 'image_id'"),
+        ("annotations", {"segmentation": []}, "annotation 2 of image 1 has no segmentation"),
+        ("annotations", {"segmentation": None}, "annotation 2 of image 1 has no segmentation"),
+        ("annotations", {"segmentation": {"counts": "abc"}}, "annotation 2 of image 1 has run lengths without 'size'"),
+        (
+            "annotations",
+            {"segmentation": {"size": [5, 6], "counts": [30]}},
+            r"annotation 2 of image 1 has run lengths for \[5, 6\], its image is",
+        ),
+        ("annotations", {"segmentation": "short"}, "annotation 2 of image 1 has run lengths of 7 pixels, its image has"),
+    ],
+)
+@pytest.mark.parametrize("panoptic", [False, True])
+def test_instances_json_errors(root, kind, fields, message, panoptic):
+    options = zoo(root, all_categories=False)
+    if fields.get("segmentation") == "short":
+        image = json.loads((root / "zoo/instances.json").read_text())["images"][0]
+        fields = {"segmentation": {"size": [image["height"], image["width"]], "counts": [3, 4]}}
+    change(root, kind, 1, **fields)
+    with pytest.raises(ValueError, match=f"'wrong': .*JSON .*/zoo/instances.json: .*{message}"):
+        register(root, wrong=options if panoptic else INSTANCES)
+
+
+def test_missing_images_are_named_before_the_work_starts(root):
+    zoo(root, all_categories=False)
+    change(root, "images", 1, file_name="deep/gone.jpg")
+    register(root, zoo_instances=INSTANCES)
+    with pytest.raises(FileNotFoundError, match="zoo/instances.json names 1 files .*: .*/zoo/images/deep/gone.jpg$"):
+        DatasetCatalog.get("zoo_instances")
+    (root / "zoo/images/deep").mkdir()
+    (root / "zoo/images/deep/gone.jpg").touch()
+    assert len(DatasetCatalog.get("zoo_instances")) == 2
+
+
+@pytest.mark.parametrize("missing", ["id", "bbox", "area", "iscrowd"])
+def test_instances_without_what_only_the_evaluation_reads(root, missing):
+    """A corrected copy has it, equal to what was there."""
+    zoo(root, all_categories=False)
+    complete = json.loads((root / "zoo/instances.json").read_text())["annotations"]
+    change(root, "annotations", 1, **{missing: None})
+    register(root, zoo_instances=INSTANCES)
+    copied = json.loads(Path(MetadataCatalog.get("zoo_instances").json_file).read_text())["annotations"]
+    assert copied == complete
+
+
+def test_box_and_area_of_polygons(root):
+    zoo(root, all_categories=False)
+    polygons = [[2, 3, 8, 3, 8, 9, 2, 9], [10, 3, 12, 3, 12, 9, 10, 9]]
+    change(root, "annotations", 1, segmentation=polygons, bbox=None, area=None)
+    register(root, zoo_instances=INSTANCES)
+    copied = json.loads(Path(MetadataCatalog.get("zoo_instances").json_file).read_text())["annotations"][1]
+    assert copied["bbox"] == [2, 3, 10, 6] and copied["area"] == 48
+
+
 def test_panoptic_json_errors(root):
     options = zoo(root)
     path = root / "zoo/panoptic.json"
@@ -437,7 +513,7 @@ def test_panoptic_files_missing(root):
     options = zoo(root)
     register(root, zoo_val=options)
     (root / "zoo/semantic/0001.png").unlink()
-    with pytest.raises(FileNotFoundError, match="panoptic.json: file .*semantic/0001.png does not exist"):
+    with pytest.raises(FileNotFoundError, match="panoptic.json names 1 files that do not exist: .*semantic/0001.png$"):
         DatasetCatalog.get("zoo_val")
 
 
@@ -488,3 +564,12 @@ def test_ignore_value_is_checked_where_it_is_used(root):
         check_num_classes(cfg)
     cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 11
     check_num_classes(cfg)
+
+
+def test_panoptic_results_need_things(root):
+    cfg = register(root, street_train=street(root))
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+    check_num_classes(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = "MaskFormer", True
+    with pytest.raises(ValueError, match="PANOPTIC_ON is True, but dataset 'street_train' of DATASETS.TRAIN does not tell"):
+        check_num_classes(cfg)

@@ -46,8 +46,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from mask2former_plugin.data.datasets.coco_instances import evaluable, is_evaluable, problem_of
 from mask2former_plugin.data.datasets.panoptic_json import PanopticClasses, load_panoptic_json
-from mask2former_plugin.data.datasets.paths import resolve
+from mask2former_plugin.data.datasets.paths import require_files, resolve
 from mask2former_plugin.data.datasets.semantic_folder import IMAGE_EXTENSIONS, load_semantic_folder
 from mask2former_plugin.data.names import unknown_name
 
@@ -147,7 +148,7 @@ def _prepare_class_names(options: DatasetOptions, output_dir: Path) -> Prepared:
 
 def _prepare_coco_instances(options: DatasetOptions, output_dir: Path) -> Prepared:
     image_root, json_file = options.directory("IMAGES"), options.file("JSON")
-    content = _read_json(options, "JSON", json_file, ("images", "annotations", "categories"))
+    content = _read_instances(options, "JSON", json_file)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     metadata = {
         "thing_classes": [category["name"] for category in categories],
@@ -156,7 +157,13 @@ def _prepare_coco_instances(options: DatasetOptions, output_dir: Path) -> Prepar
         "image_root": str(image_root),
         "evaluator_type": "coco",
     }
-    return partial(load_coco_json, str(json_file), str(image_root), options.name), metadata
+
+    def load() -> list[dict[str, Any]]:
+        samples = load_coco_json(str(json_file), str(image_root), options.name)
+        require_files(json_file, (sample["file_name"] for sample in samples))
+        return samples
+
+    return load, metadata
 
 
 def _prepare_coco_panoptic(options: DatasetOptions, output_dir: Path) -> Prepared:
@@ -179,7 +186,7 @@ def _prepare_coco_panoptic(options: DatasetOptions, output_dir: Path) -> Prepare
     }
     instances_json = options.file("INSTANCES_JSON")
     if instances_json is not None:
-        content = _read_json(options, "INSTANCES_JSON", instances_json, ("images", "annotations", "categories"))
+        content = _read_instances(options, "INSTANCES_JSON", instances_json)
         metadata["json_file"] = str(_evaluation_json(options, instances_json, content, classes.things, output_dir))
     if sem_seg_root is not None:
         metadata["sem_seg_root"] = str(sem_seg_root)
@@ -277,6 +284,14 @@ def _read_json(options: DatasetOptions, key: str, path: Path, fields: Sequence[s
     return content
 
 
+def _read_instances(options: DatasetOptions, key: str, path: Path) -> dict[str, Any]:
+    content = _read_json(options, key, path, ("images", "annotations", "categories"))
+    problem = problem_of(content)
+    if problem:
+        raise ValueError(f"Dataset {options.name!r}: {key} {path}: {problem}")
+    return content
+
+
 def _read_classes(options: DatasetOptions) -> tuple[list[str], int, Sequence | None]:
     """Names, ignore label and colours of a semantic dataset; what the config says wins over the JSON."""
     content: Any = options.get("CLASSES", (list, tuple, str))
@@ -329,20 +344,12 @@ def _evaluation_json(
     """Instance JSON that COCOEvaluator scores right: the given one, or a corrected copy of it in ``OUTPUT_DIR``.
 
     The evaluator takes all categories of the JSON for classes, while converters from panoptic annotations list stuff
-    too, and pycocotools counts an object with the id 0 as missed.
+    too; pycocotools counts an object with the id 0 as missed, and needs box, area and ``iscrowd``.
     """
-    ids = {category["id"] for category in categories}
-    only_these = {category["id"] for category in content["categories"]} == ids
-    if only_these and all(item["id"] for item in content["annotations"]):
+    only_these = {category["id"] for category in content["categories"]} == {category["id"] for category in categories}
+    if only_these and is_evaluable(content):
         return path
-    annotations = [item for item in content["annotations"] if item["category_id"] in ids]
-    text = json.dumps(
-        {
-            **content,
-            "categories": [dict(category) for category in categories],
-            "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
-        }
-    )
+    text = json.dumps(evaluable(content, [dict(category) for category in categories]))
     target = output_dir / "datasets" / f"{options.name}_{zlib.crc32(text.encode()):08x}.json"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -367,12 +374,20 @@ def check_num_classes(cfg: CfgNode) -> None:
 
     ``NUM_CLASSES`` must be the number of classes. ``IGNORE_VALUE`` must be the ignore label of the training labels
     where it is used: in the loss of the per-pixel baselines, and for crops with ``SINGLE_CATEGORY_MAX_AREA`` below 1.
+    Panoptic results need a dataset that tells things from stuff.
 
     Raises:
         ValueError: they differ; the message has both numbers.
     """
     head = cfg.MODEL.SEM_SEG_HEAD
     problems = []
+    if cfg.MODEL.META_ARCHITECTURE == "MaskFormer" and cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON:
+        for name in cfg.DATASETS.TRAIN[:1]:  # the model has its metadata
+            if MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id") is None:
+                problems.append(
+                    f"MODEL.MASK_FORMER.TEST.PANOPTIC_ON is True, but dataset {name!r} of DATASETS.TRAIN does not tell "
+                    "things from stuff; choose a panoptic dataset or switch it off"
+                )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             count = num_dataset_classes(MetadataCatalog.get(name))

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from mask2former_plugin.data.datasets.paths import require_files
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def load_panoptic_json(
         and ``height``, ``width``, ``sem_seg_file_name`` where known.
 
     Raises:
-        ValueError: an annotation of an image or category that the JSON does not list, or an image without its file.
+        ValueError: an annotation of an image or category that the JSON does not list.
+        FileNotFoundError: some of the files do not exist.
     """
     with open(json_file, encoding="utf-8") as file:
         content = json.load(file)
@@ -92,10 +94,8 @@ def load_panoptic_json(
         samples.append(sample)
     if not samples:
         raise ValueError(f"{json_file} has no annotations")
-    # the rest is found missing when it is read; one look says whether the folders are right
-    for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name"):
-        if key in samples[0] and not Path(samples[0][key]).is_file():
-            raise FileNotFoundError(f"{json_file}: file {samples[0][key]} does not exist")
+    keys = ("file_name", "pan_seg_file_name", "sem_seg_file_name")
+    require_files(json_file, (sample[key] for key in keys for sample in samples if key in sample))
     return samples
 
 
