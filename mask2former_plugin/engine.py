@@ -178,7 +178,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except errors or (KeyError, ValueError, FileNotFoundError) as error:
+    except errors or (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
