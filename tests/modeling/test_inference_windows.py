@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mask2former_plugin.modeling.inference import window_results
 from mask2former_plugin.modeling.inference.upsampling import ImageMasks, Window
 from mask2former_plugin.modeling.inference.window_results import axis_weights, outside, rectangle
 from mask2former_plugin.modeling.inference.windows import (
@@ -447,3 +448,30 @@ def test_rectangles_as_run_lengths(rows, columns):
     for top, left in two:
         expected[slice(*top), slice(*left)] = 0
     assert np.array_equal(pycocotools.mask.decode(outside((9, 8), two)), expected)
+
+
+def test_an_empty_cell_is_outside_of_nothing():
+    """Windows less than a pixel of the result apart have cells without rows, at the edge of others."""
+    expected = np.ones((9, 8), dtype=np.uint8)
+    assert np.array_equal(pycocotools.mask.decode(outside((9, 8), [((4, 4), (0, 8))])), expected)
+    expected[:4] = 0
+    assert np.array_equal(pycocotools.mask.decode(outside((9, 8), [((0, 4), (0, 8)), ((4, 4), (0, 8))])), expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 100, 2**22])
+def test_duplicates_are_those_of_dense_masks(monkeypatch, pairs):
+    monkeypatch.setattr(window_results, "_PAIRS", pairs)
+    rng = np.random.default_rng(0)
+    corners, sides = rng.integers(0, 20, (40, 2)), rng.integers(1, 20, (40, 2))
+    ranges = [tuple((int(c), int(c + s)) for c, s in zip(*one)) for one in zip(corners, sides)]
+    codes = [rectangle((40, 40), *one) for one in ranges]
+    masks = np.stack([pycocotools.mask.decode(code) for code in codes]).astype(bool)
+    classes, seen_by = rng.integers(0, 2, 40).tolist(), [set(rng.integers(0, 6, 2).tolist()) for _ in range(40)]
+
+    def duplicates(i, j):
+        larger = masks[j].sum() > masks[i].sum() and (masks[i] & masks[j]).sum() > 0.5 * masks[i].sum()
+        return larger and classes[i] == classes[j] and not seen_by[i] & seen_by[j]
+
+    expected = [i for i in range(40) if not any(duplicates(i, j) for j in range(40))]
+    assert 5 < len(expected) < 35
+    assert window_results._without_duplicates(codes, classes, seen_by) == expected

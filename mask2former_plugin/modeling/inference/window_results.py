@@ -41,6 +41,7 @@ from mask2former_plugin.modeling.inference.windows import (
 from mask2former_plugin.modeling.layers.products import product
 
 _DUPLICATE = 0.5  # part of a mask in a larger one of its class, seen in another window, from which on it is a duplicate
+_PAIRS = 2**22  # of masks, compared at once
 
 
 class WindowResult(Protocol):
@@ -398,9 +399,10 @@ def outside(size: tuple[int, int], rectangles: Sequence[tuple[Range, Range]]) ->
 
 
 def _edges(size: tuple[int, int], rectangles: Sequence[tuple[Range, Range]]) -> np.ndarray:
-    """Where runs down the columns begin and end."""
-    ends = [np.arange(*columns)[:, None] * size[0] + np.array(rows) for rows, columns in rectangles]
-    return without_pairs(np.sort(np.concatenate([one.ravel() for one in ends])))
+    """Where runs down the columns begin and end; the cells of windows that are less than a pixel apart are empty."""
+    filled = [(rows, columns) for rows, columns in rectangles if rows[0] < rows[1]]
+    ends = [(np.arange(*columns)[:, None] * size[0] + np.array(rows)).ravel() for rows, columns in filled]
+    return without_pairs(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *ends])))
 
 
 def _text(counts: str | bytes) -> str:
@@ -416,12 +418,15 @@ def _without_duplicates(
         positions = np.array([i for i, one in enumerate(classes) if one == label])
         group = [codes[i] for i in positions]
         area = _areas(group)
-        # for a crowd, pycocotools gives the intersection over the area of the other mask
-        inside = pycocotools.mask.iou(group, group, [1] * len(group))
-        windows = np.zeros((len(group), 1 + max(max(seen_by[i]) for i in positions)), dtype=np.int64)
+        windows = np.zeros((len(group), 1 + max(max(seen_by[i]) for i in positions)), dtype=np.float32)
         for row, i in zip(windows, positions):
             row[list(seen_by[i])] = 1
-        elsewhere = windows @ windows.T == 0
-        duplicate = ((inside > _DUPLICATE) & (area > area[:, None]) & elsewhere).any(1)
+        duplicate = np.zeros(len(group), dtype=bool)
+        step = max(1, _PAIRS // len(group))
+        for part in (slice(start, start + step) for start in range(0, len(group), step)):
+            # for a crowd, pycocotools gives the intersection over the area of the other mask
+            inside = pycocotools.mask.iou(group[part], group, [1] * len(group))
+            elsewhere = windows[part] @ windows.T == 0
+            duplicate[part] = ((inside > _DUPLICATE) & (area > area[part, None]) & elsewhere).any(1)
         keep += positions[~duplicate].tolist()
     return sorted(keep)
