@@ -192,10 +192,9 @@ class SemSegEvaluator(DatasetEvaluator):
 
     def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict]:
         """A label map (H, W) as COCO-stuff entries, one per class that occurs in it."""
-        classes = np.unique(sem_seg)
-        codes = encode_masks(torch.from_numpy(sem_seg[None] == classes[:, None, None]))
         entries = []
-        for label, code in zip(classes.tolist(), codes):
+        for label in np.unique(sem_seg).tolist():
+            (code,) = encode_masks(torch.from_numpy(sem_seg[None] == label))
             if self._contiguous_id_to_dataset_id is not None:
                 label = self._contiguous_id_to_dataset_id[label]
             entries.append({"file_name": input_file_name, "category_id": label, "segmentation": code})
