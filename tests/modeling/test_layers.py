@@ -1,5 +1,6 @@
 """Attention, encodings and transformer layers against PyTorch's own modules and written-out formulas."""
 
+import copy
 import math
 
 import pytest
@@ -190,6 +191,40 @@ def test_deformable_attention(randomize):
     actual, wanted = gradients(output, attention, query, value), gradients(expected, attention, query, value)
     for name in wanted:
         torch.testing.assert_close(actual[name], wanted[name], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["sampling_offsets", "attention_weights", "value_proj", "output_proj"])
+def test_changed_layers_of_deformable_attention(randomize, name):
+    """What stands in the place of a linear layer, or hangs on it, counts and is trained."""
+
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.further = layer, nn.Linear(layer.in_features, layer.out_features)
+            self.weight, self.bias, self.out_features = layer.weight, layer.bias, layer.out_features
+
+        def forward(self, x):
+            return self.layer(x) + self.further(x)
+
+    shapes = [(2, 3), (4, 5)]
+    attention = randomize(MSDeformAttn(8, num_levels=2, num_heads=2, num_points=3))
+    adapted, hooked = copy.deepcopy(attention), copy.deepcopy(attention)
+    setattr(adapted, name, Adapted(getattr(adapted, name)).double())
+    further = getattr(adapted, name).further
+    getattr(hooked, name).register_forward_hook(lambda _, inputs, output: output + further(*inputs))
+    with torch.no_grad():
+        merged = getattr(attention, name)
+        merged.weight += further.weight
+        merged.bias += further.bias
+    query, value = (torch.randn(2, 26, 8, **DOUBLE) for _ in range(2))
+    points = reference_points(shapes, device=torch.device("cpu"), dtype=torch.float64)
+    expected = attention(query, value, shapes, points)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), merged.weight)
+    for module in (adapted, hooked):
+        output = module(query, value, shapes, points)
+        torch.testing.assert_close(output, expected, **TOLERANCE)
+        (found,) = torch.autograd.grad(output.square().sum(), further.weight)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])

@@ -145,6 +145,20 @@ def test_layers_that_are_more_than_their_weights_are_called():
     assert calls == [1]
 
 
+@torch.no_grad()
+def test_what_hooks_see_and_others_give_is_not_overwritten():
+    x, addend, seen = torch.randn(5, 8), torch.randn(5, 8), []
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    expected = F.linear(x, hooked.weight, hooked.bias)
+    kept = x.clone()
+    assert torch.allclose(linear_relu(x, hooked), expected.relu(), atol=1e-5)
+    assert torch.allclose(linear_add(x, hooked, nn.Dropout(0.0), addend), addend + expected, atol=1e-5)
+    assert len(seen) == 2 and all(torch.allclose(s, expected, atol=1e-5) for s in seen)
+    assert torch.equal(linear_relu(x, nn.Identity()), x.relu()) and torch.equal(x, kept)
+    assert torch.equal(linear_add(x, nn.Identity(), nn.Dropout(0.0), addend), addend + x) and torch.equal(x, kept)
+
+
 @needs_fusion
 @torch.no_grad()
 def test_fused_product_of_any_memory_layout():

@@ -158,6 +158,30 @@ def test_deformable_stays_in_the_precision_it_is_given(build, features):
         assert correlation > 0.999
 
 
+def test_changed_layers_in_lean_training(build, features):
+    """An adapter in the place of a convolution, and a hook on another, do what they do without MODEL.LEAN_TRAINING."""
+
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.scale = layer, nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    key = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
+    decoder = build("MSDeformAttnPixelDecoder", key, ["res4", "res5"])
+    decoder.layer_1 = Adapted(decoder.layer_1)
+    decoder.layer_2.register_forward_hook(lambda module, inputs, output: 2 * output)
+    inputs, noise = features((33, 47)), torch.randn(2, 32, 9, 12, dtype=torch.float64)
+    found = []
+    for lean in (False, True):
+        decoder.train().recompute_cheap_steps = lean
+        output = decoder.forward_features(inputs)[0]
+        found.append((output, torch.autograd.grad((output * noise).sum(), tuple(decoder.parameters()))))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
 def test_drops_only_in_training(small_config, input_shape, features):
     maps = features(dtype=torch.float32)
     for name in ("TransformerEncoderPixelDecoder", "MSDeformAttnPixelDecoder"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear, linear
+from mask2former_plugin.modeling.layers.linear import Linear, is_plain, linear
 from mask2former_plugin.modeling.ops import ms_deform_attn_from_logits
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -92,8 +92,11 @@ class MSDeformAttn(nn.Module):
         return ms_deform_attn_from_logits(values, spatial_shapes, points, offsets, logits)
 
     def _predict(self, query: Tensor, samples: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Offsets ``[B, T, M, L, P, 2]`` and logits ``[B, T, M, L, P]`` of one product, which is faster than two."""
+        """Offsets ``[B, T, M, L, P, 2]`` and logits ``[B, T, M, L, P]``, of one product if the layers are plain."""
         both = (self.sampling_offsets, self.attention_weights)
+        if not all(map(is_plain, both)):
+            offsets, logits = (layer(query) for layer in both)
+            return offsets.unflatten(2, (*samples, 2)), logits.unflatten(2, samples)
         weights, biases = [x.weight for x in both], [x.bias for x in both]
         planes = query.device.type == "cpu" and not traced()
         if planes:  # x and y of all samples one after the other instead of in turns: they are copied at once

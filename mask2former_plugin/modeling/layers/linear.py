@@ -57,11 +57,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product.permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
 
 
-def rectified(x: Tensor) -> Tensor:
-    """ReLU of an intermediate result that nobody else reads; in its place without gradients."""
-    return F.relu(x, inplace=not torch.is_grad_enabled())
-
-
 def fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these can be one step of oneDNN together with what follows it: on CPUs without gradients.
 
@@ -109,18 +104,27 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is nothing but its weights, and nobody else reads its result.
+
+    What somebody has put in the place of one, or hung on it, may do more and may keep what it gives.
+    """
+    return type(layer) in (nn.Linear, Linear) and not has_hooks(layer)
+
+
 def linear_relu(x: Tensor, layer: nn.Linear) -> Tensor:
     """``relu(layer(x))``."""
-    # what somebody has put in the place of the layer, or hung on it, may do more than its weights
-    if type(layer) in (nn.Linear, Linear) and not has_hooks(layer) and fuses(x, layer.weight):
+    plain = is_plain(layer)
+    if plain and fuses(x, layer.weight):
         return fused_linear(x, layer.weight, layer.bias, then="relu")
-    return rectified(layer(x))
+    return F.relu(layer(x), inplace=plain and not torch.is_grad_enabled())
 
 
 def linear_add(x: Tensor, layer: nn.Linear, dropout: nn.Dropout, addend: Tensor) -> Tensor:
     """``addend + dropout(layer(x))``."""
     added = dropout(layer(x))
-    if not torch.is_grad_enabled() and added.dtype == torch.promote_types(added.dtype, addend.dtype):
+    wide_enough = added.dtype == torch.promote_types(added.dtype, addend.dtype)
+    if not torch.is_grad_enabled() and wide_enough and is_plain(layer):
         return added.add_(addend)
     return addend + added
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.attention import MultiheadAttention
-from mask2former_plugin.modeling.layers.linear import Linear, rectified, token_wise
+from mask2former_plugin.modeling.layers.linear import Linear, linear_relu, token_wise
 from mask2former_plugin.modeling.recomputation import RunsLayers
 
 
@@ -34,7 +34,7 @@ class TransformerEncoderLayer(nn.Module):
         return self.dropout(self.self_attn(query, query, x))
 
     def _feed(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(rectified(self.linear1(self.norm2(x) if self.pre_norm else x)))
+        hidden = self.dropout(linear_relu(self.norm2(x) if self.pre_norm else x, self.linear1))
         x = x + self.dropout(self.linear2(hidden))
         return x if self.pre_norm else self.norm2(x)
 
@@ -70,7 +70,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.dropout(self.multihead_attn(x + query_pos, keys, memory))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(rectified(self.linear1(x)))))
+        return self.dropout(self.linear2(self.dropout(linear_relu(x, self.linear1))))
 
     def forward(self, x: Tensor, query_pos: Tensor, keys: Tensor, memory: Tensor) -> Tensor:
         """Queries ``[B, Q, C]``, positions ``[Q, C]``, memory ``[B, S, C]`` with (``keys``) and without position."""

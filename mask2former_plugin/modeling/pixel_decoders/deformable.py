@@ -13,7 +13,14 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
-from mask2former_plugin.modeling.layers.linear import Linear, linear_add, linear_relu, recomputes_pieces, token_wise
+from mask2former_plugin.modeling.layers.linear import (
+    Linear,
+    has_hooks,
+    linear_add,
+    linear_relu,
+    recomputes_pieces,
+    token_wise,
+)
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -220,12 +227,13 @@ class MSDeformAttnPixelDecoder(RunsLayers):
         embedding = None
         for number in range(len(self.fpn_features), 0, -1):
             feature = features[self.fpn_features[number - 1]]
-            if self.runs_lean():
+            layer = self.get_submodule(f"layer_{number}")
+            if self.runs_lean() and type(layer) is Conv2d and not has_hooks(layer):
                 # in two parts, so that in the backward pass large maps of one are there at a time
                 convolved = self.run_lean(self._convolve_finer_level, number, feature, maps[-1])
                 finer, embedding = self.run_lean(self._finish_finer_level, number, convolved)
             else:
-                finer = self.run_layer(self._add_finer_level, number, feature, maps[-1])
+                finer = self.run_lean(self._add_finer_level, number, feature, maps[-1])
             maps.append(finer)
         if embedding is None:
             embedding = self.mask_features(maps[-1])
