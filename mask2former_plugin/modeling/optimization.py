@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers import MultiheadAttention
 from mask2former_plugin.modeling.layers.fused_convolution import fused_convolution, fuses_convolutions
+from mask2former_plugin.modeling.layers.linear import has_hooks
 from mask2former_plugin.modeling.lean_resnet import LeanStem
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +29,8 @@ def optimize_for_inference(model: nn.Module, *, precision: str = "float32", comp
       autocast, which keeps norms, residuals, positions and coordinates in float32; so does everything after the
       network.
 
-    In float32 the results differ from the model's by rounding only.
+    In float32 the results differ from the model's by rounding only. What hooks, parametrizations or subclasses of
+    convolutions have changed stays as it is. oneDNN's ReLU makes 0 of what is not a number, hence the errors below.
 
     Args:
         model: on its final device, weights loaded; it stays as it is. One that is optimised already, also inside a
@@ -36,7 +39,7 @@ def optimize_for_inference(model: nn.Module, *, precision: str = "float32", comp
         compiled: let ``torch.compile`` translate the network when it is first used; takes a minute and a C++ compiler.
 
     Raises:
-        ValueError: the precision is unknown.
+        ValueError: the precision is unknown, or a weight is not finite; later on, if an image is not.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"the precision of the inference must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -48,6 +51,7 @@ def optimize_for_inference(model: nn.Module, *, precision: str = "float32", comp
     parts = [part for part in map(model._modules.get, ("backbone", "sem_seg_head")) if part is not None] or [model]
     for part in parts:
         fold_norms(part)
+        _require_finite(part)
         _convert_weights(part, PRECISIONS[precision])
         if device == "cpu" and not compiled:
             fuse_residual_blocks(part)
@@ -65,8 +69,8 @@ def optimize_for_inference(model: nn.Module, *, precision: str = "float32", comp
 def fold_norms(module: nn.Module) -> None:
     """Make batch norms in evaluation mode part of the convolution that holds them as ``norm``, in place."""
     for conv in module.modules():
-        norm = getattr(conv, "norm", None)
-        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _FOLDABLE) or norm.running_var is None:
+        norm = conv.norm if _is_plain(conv) else None
+        if not isinstance(norm, _FOLDABLE) or norm.running_var is None or has_hooks(norm):
             continue
         scale, shift = _affine_form(norm)
         bias = shift if conv.bias is None else shift + conv.bias * scale
@@ -76,6 +80,20 @@ def fold_norms(module: nn.Module) -> None:
 
 
 _FOLDABLE = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is nothing but its weights, the norm and the activation."""
+    return type(conv) is Conv2d and not has_hooks(conv)
+
+
+def _require_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"{name} of {type(module).__name__} is not finite (for a convolution, with its norm), so nothing that "
+                "the model gives would mean anything; load other weights"
+            )
 
 
 def _affine_form(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -111,20 +129,20 @@ def fuse_residual_blocks(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, block in list(parent.named_children()):
             fused = _FUSED.get(type(block))
-            if fused is not None and all(map(_fusible, block.children())):
+            if fused is not None and not has_hooks(block) and all(map(_fusible, block.children())):
                 # the input of the first block of a stage may be an output of the network
                 setattr(parent, name, fused(block, keeps_input=name == "0"))
 
 
 def _fusible(conv: nn.Module) -> bool:
-    if not isinstance(conv, nn.Conv2d) or conv.norm is not None or conv.activation is not None:
+    if not _is_plain(conv) or conv.norm is not None or conv.activation is not None:
         return False
     return conv.padding_mode == "zeros" and fuses_convolutions(conv.weight.dtype)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, addend: Tensor | None = None) -> Tensor:
-    """``relu(conv(x))``, or ``relu(conv(x) + addend)`` in the place of ``addend``."""
-    return fused_convolution(x, conv.weight, conv.bias, conv, addend=addend)
+def _convolve(x: Tensor, conv: nn.Conv2d, *, rectify: bool = True, addend: Tensor | None = None) -> Tensor:
+    """See :func:`fused_convolution`; in the precision of the weights, whatever autocast says."""
+    return fused_convolution(x.to(conv.weight.dtype), conv.weight, conv.bias, conv, rectify=rectify, addend=addend)
 
 
 class FusedStem(nn.Module):
@@ -135,7 +153,9 @@ class FusedStem(nn.Module):
         self.conv1 = stem.conv1
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _convolve(x.to(self.conv1.weight.dtype), self.conv1)
+        if not x.sum().isfinite():
+            raise ValueError("an image has values that are NaN or infinite; repair it before it is given to the model")
+        x = _convolve(x, self.conv1)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -151,20 +171,21 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shortcut is not None:
-            total = self.shortcut(x)
+            total = _convolve(x, self.shortcut, rectify=False)
         else:
-            total = x.clone() if self.keeps_input else x
+            total = x.to(self.residual[-1].weight.dtype, copy=self.keeps_input)
         *convs, last = self.residual
         for conv in convs:
             x = _convolve(x, conv)
-        return _convolve(x, last, total)
+        return _convolve(x, last, addend=total)
 
 
 _FUSED = {BasicStem: FusedStem, LeanStem: FusedStem, BasicBlock: FusedBlock, BottleneckBlock: FusedBlock}
 
 
 class InferenceOnly:
-    """Mixin of optimised modules: no training, and autocast if the precision asks for it."""
+    """Mixin of optimised modules: no training, no other weights, device or precision, and autocast if the precision
+    asks for it."""
 
     autocast_to: tuple[str, torch.dtype] | None = None
 
@@ -181,6 +202,35 @@ class InferenceOnly:
             )
         return super().train(mode)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        own = self.state_dict().keys()
+        if own - state_dict.keys() and state_dict.keys() - own:
+            raise RuntimeError(
+                "this model is optimised for inference, and its weights hold the norms of the model that it was made "
+                "from; load into that one and optimise it again"
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
-def _make_inference_only(module: nn.Module) -> None:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        for device, dtype in {(p.device, p.dtype) for p in self.parameters()}:
+            changed = fn(torch.zeros(1, device=device, dtype=dtype))
+            if (changed.device, changed.dtype) != (device, dtype):
+                raise RuntimeError(
+                    f"this model is optimised for {dtype} on {device}, got {changed.dtype} on {changed.device}; move "
+                    "or convert the model that it was made from and optimise it again"
+                )
+        return super()._apply(fn, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        _, plain = type(self).__bases__
+        return _restore, (plain,), super().__reduce_ex__(protocol)[2]
+
+
+def _make_inference_only(module: nn.Module) -> nn.Module:
     module.__class__ = type(f"Optimized{type(module).__name__}", (InferenceOnly, type(module)), {})
+    return module
+
+
+def _restore(plain: type[nn.Module]) -> nn.Module:
+    """A module for copy and pickle to fill: they find no class that was made while running."""
+    return _make_inference_only(plain.__new__(plain))

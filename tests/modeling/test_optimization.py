@@ -1,10 +1,11 @@
 """Models optimised for inference against the models that they were made from."""
 
 import copy
+import io
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
@@ -85,7 +86,8 @@ def test_other_norms_stay(resnet_config):
     state = copy.deepcopy(backbone.state_dict())
     fold_norms(backbone)
     optimization.fuse_residual_blocks(backbone)
-    assert backbone.state_dict().keys() == state.keys() and not any(isinstance(m, FusedBlock) for m in backbone.modules())
+    assert backbone.state_dict().keys() == state.keys()
+    assert not any(isinstance(m, FusedBlock) for m in backbone.modules())
 
 
 @needs_fused_convolutions
@@ -209,6 +211,119 @@ def test_once_is_enough(model):
     optimized = optimize_for_inference(model())
     wrapper = nn.Sequential(optimized)
     assert optimize_for_inference(optimized) is optimized and optimize_for_inference(wrapper) is wrapper
+
+
+class Standardized(Conv2d):
+    """A convolution that is more than its weights."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        x = nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return x if self.norm is None else self.norm(x)
+
+
+class Tripled(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+def tripled(module, inputs, output):
+    return 3 * output
+
+
+CHANGES = {
+    "hook of a convolution": lambda block: block.conv1.register_forward_hook(tripled),
+    "hook of a norm": lambda block: block.conv1.norm.register_forward_hook(tripled),
+    "hook of a block": lambda block: block.register_forward_hook(tripled),
+    "hook that makes the weight": lambda block: nn.utils.spectral_norm(block.conv1),
+    "parametrization": lambda block: nn.utils.parametrize.register_parametrization(block.conv1, "weight", Tripled()),
+    "subclass": lambda block: setattr(block.conv1, "__class__", Standardized),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changed_convolutions(resnet_config, change):
+    torch.manual_seed(0)
+    backbone = with_noise(build_backbone(resnet_config(18, "FrozenBN"), RGB)).eval()
+    image = torch.randn(1, 3, 40, 56)
+    before = backbone(image)["res2"]
+    CHANGES[change](backbone.eval().res2[1])
+    expected = backbone(image)
+    optimized = optimize_for_inference(backbone)
+    actual = optimized(image)
+    assert relative_error(before, expected["res2"]) > 0.01
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) < 1e-5  # float32, 17 convolutions
+    if optimization.fuses_convolutions(torch.float32):
+        assert sum(isinstance(module, FusedBlock) for module in optimized.modules()) == 7
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_around_an_optimized_model(model, precision, around):
+    original = model()
+    inputs = [{"image": torch.rand(3, 75, 101) * 255}]
+    optimized, expected = optimize_for_inference(original, precision=precision), original(inputs)[0]["sem_seg"]
+    with torch.autocast("cpu", around):
+        actual = optimized(inputs)[0]["sem_seg"]
+    assert relative_error(actual, expected) < 0.1  # rounding to bfloat16 in all layers
+
+
+@torch.no_grad()
+def test_saved_and_copied_as_a_whole(model):
+    inputs = [{"image": torch.rand(3, 40, 60) * 255}]
+    for precision in ("float32", "bfloat16"):
+        optimized = optimize_for_inference(model(), precision=precision)
+        expected, file = optimized(inputs)[0]["sem_seg"], io.BytesIO()
+        torch.save(optimized, file)
+        file.seek(0)
+        for other in (torch.load(file, weights_only=False), copy.deepcopy(optimized)):
+            assert torch.equal(other(inputs)[0]["sem_seg"], expected)
+            with pytest.raises(RuntimeError, match="cannot be trained"):
+                other.backbone.train()
+
+
+def test_other_weights(model):
+    original = model()
+    optimized = optimize_for_inference(original)
+    state = copy.deepcopy(optimized.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="load into that one and optimise it again"):
+            optimized.load_state_dict(original.state_dict(), strict=strict)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimized.state_dict().items())
+    optimized.load_state_dict({name: tensor + 1 for name, tensor in state.items()})
+    assert all(torch.equal(tensor, state[name] + 1) for name, tensor in optimized.state_dict().items())
+
+
+def test_other_precision_or_device(model):
+    optimized = optimize_for_inference(model())
+    assert optimized.to("cpu").float() is optimized
+    with pytest.raises(RuntimeError, match="optimised for torch.float32 on cpu, got torch.float64 on cpu; move or"):
+        optimized.double()
+    with pytest.raises(RuntimeError, match="got torch.float32 on meta"):
+        nn.Sequential(optimized).to("meta")
+    assert {parameter.dtype for parameter in optimized.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite(model):
+    """oneDNN's ReLU would make 0 of them."""
+    original = model()
+    optimized = optimize_for_inference(original)
+    for stray in (float("nan"), float("inf"), -float("inf")):
+        image = torch.rand(3, 40, 60) * 255
+        image[1, 20, 30] = stray
+        assert not original([{"image": image}])[0]["sem_seg"].isfinite().any()
+        if isinstance(optimized.backbone.stem, FusedStem):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                optimized([{"image": image}])
+        else:
+            assert not optimized([{"image": image}])[0]["sem_seg"].isfinite().any()
+    original.backbone.res3[0].conv2.norm.running_var[3] = -1.0
+    with pytest.raises(ValueError, match=r"res3\.0\.conv2\.weight of ResNet is not finite"):
+        optimize_for_inference(original)
 
 
 def test_unknown_precision(model):
