@@ -227,10 +227,12 @@ class DefaultPredictor:
         self.input_format = cfg.INPUT.FORMAT
 
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
-        """Result of the model for an image (H, W, 3) in BGR order, at the image's own size."""
-        if not isinstance(original_image, np.ndarray) or original_image.ndim != 3 or original_image.shape[2] != 3:
-            shape = getattr(original_image, "shape", type(original_image).__name__)
+        """Result of the model for an image (H, W, 3) of values 0..255 in BGR order, at the image's own size."""
+        shape = getattr(original_image, "shape", type(original_image).__name__)
+        if not isinstance(original_image, np.ndarray) or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise ValueError(f"the image must be an array (H, W, 3) in BGR order, got {shape}")
+        if original_image.dtype != np.uint8 and original_image.max() > 255:
+            raise ValueError(f"the image must have values 0..255, got {original_image.dtype} up to {original_image.max()}")
         image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
