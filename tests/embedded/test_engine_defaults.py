@@ -447,7 +447,7 @@ def test_predictor_prepares_its_input(tmp_path, channels):
 def test_predictor_refuses_what_is_no_image(tmp_path):
     cfg = config(tmp_path)
     predictor = DefaultPredictor(cfg)
-    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), "image.jpg"):
+    for wrong in (*(np.zeros(shape, np.uint8) for shape in ((4, 4), (4, 4, 4), (0, 4, 3))), "image.jpg"):
         with pytest.raises(ValueError, match="array \\(H, W, 3\\) in BGR order, got"):
             predictor(wrong)
     with pytest.raises(ValueError, match="values 0..255, got uint16 up to 65535"):

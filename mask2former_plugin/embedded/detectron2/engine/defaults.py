@@ -232,7 +232,9 @@ class DefaultPredictor:
         if not isinstance(original_image, np.ndarray) or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise ValueError(f"the image must be an array (H, W, 3) in BGR order, got {shape}")
         if original_image.dtype != np.uint8 and original_image.max() > 255:
-            raise ValueError(f"the image must have values 0..255, got {original_image.dtype} up to {original_image.max()}")
+            raise ValueError(
+                f"the image must have values 0..255, got {original_image.dtype} up to {original_image.max()}"
+            )
         image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
