@@ -25,7 +25,7 @@ from mask2former_plugin.modeling.target_masks import RunLengthMasks
 
 SIZE = (32, 44)
 WEIGHTS = (2.0, 5.0, 3.0)
-CLASSES, QUERIES, POINTS = 4, 5, 60
+CLASSES, QUERIES, POINTS = 4, 5, 61  # three quarters of them are no whole number
 
 
 def parameters(predictions, batch=2, dtype=torch.float64):
@@ -117,6 +117,26 @@ def test_points_and_maps_in_pieces_change_nothing(monkeypatch):
             losses = make_criterion(num_points)(outputs_of(leaves), targets, SIZE)
             found.append((losses, gradients(losses, leaves)))
         torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("num_points", [0, POINTS])
+def test_predictions_from_features_of_their_own(num_points, dense):
+    def outputs(leaves):
+        found = outputs_of(leaves)
+        return {"pred_logits": found["pred_logits"], "pred_masks": found["pred_masks"]} if dense else found
+
+    criterion = make_criterion(num_points)
+    targets = random_targets((3, 2), [SIZE, SIZE], CLASSES)
+    first, second = parameters(1), parameters(1)
+    torch.manual_seed(3)
+    together = criterion({**outputs(first), "aux_outputs": [outputs(second)]}, targets, SIZE)
+    torch.manual_seed(3)
+    last, auxiliary = (criterion(outputs_of(leaves), targets, SIZE) for leaves in (first, second))
+    expected = {**last, **{f"{name}_0": loss for name, loss in auxiliary.items()}}
+    torch.testing.assert_close(together, expected)
+    leaves = [*first, *second]
+    torch.testing.assert_close(gradients(together, leaves), gradients(expected, leaves))
 
 
 def test_padding_of_the_targets_makes_no_difference():
