@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from detectron2.utils import comm
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+_LAST_COLLECTIVES = 0.5  # seconds for threads of Gloo to let go of what they have done
 logger = logging.getLogger(__name__)
 
 
@@ -111,5 +113,7 @@ def _run_worker(
     # No process may start its collectives before all have joined.
     comm.synchronize()
     main_func(*args)
+    # They need the interpreter's lock for it, which PyTorch 2.4 keeps while it destroys a group and waits for them.
+    time.sleep(_LAST_COLLECTIVES)
     # Not after an exception: the others may then wait in a collective, and destroying the group would wait for them.
     dist.destroy_process_group()
