@@ -108,6 +108,15 @@ class Trainer(DefaultTrainer):
         self._hooks.clear()
         self.register_hooks(self.build_hooks())
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``DefaultTrainer``; a ValueError says if the state is of another optimizer."""
+        stored = state_dict["_trainer"]["optimizer"]["param_groups"]
+        present = self._trainer.optimizer.state_dict()["param_groups"]
+        # AdamW and SGD would take each other's state without a word
+        if [(len(g["params"]), "betas" in g) for g in stored] != [(len(g["params"]), "betas" in g) for g in present]:
+            raise ValueError("the checkpoint has the state of another optimizer or of other parameters; resume with the SOLVER keys of the stored run")
+        super().load_state_dict(state_dict)
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,33 @@ def test_resume_with_more_iterations(run):
     run("mask2former", "SOLVER.MAX_ITER", "1")
     run("mask2former", "SOLVER.MAX_ITER", "2", flags=["--resume"])
     assert torch.load(run.output / "mask2former" / "model_final.pth", weights_only=True)["iteration"] == 1
+
+
+def test_resume_with_another_config(run):
+    run("mask2former", "SOLVER.MAX_ITER", "1")
+    for changed, message in (
+        (["MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "10"], "can't be resumed with another model.*query_feat"),
+        (["MODEL.MASK_FORMER.DEC_LAYERS", "3"], "can't be resumed with another model.*predictor"),
+        (["SOLVER.OPTIMIZER", "SGD"], "state of another optimizer"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "state of another optimizer or of other parameters"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run("mask2former", "SOLVER.MAX_ITER", "2", *changed, flags=["--resume"])
+        assert re.match(rf"(?s)error: .*{message}", stopped.value.code)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["SOLVER.OPTIMIZER", "ADAM"], "SOLVER.OPTIMIZER must be one of"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH"),
+        (["OUTPUT_DIR", __file__], "Not a directory|File exists"),
+    ],
+)
+def test_one_sentence_about_what_only_building_finds(run, changed, message):
+    with pytest.raises(SystemExit) as stopped:
+        run("mask2former", *changed)
+    assert re.match(rf"error: .*({message})", stopped.value.code)
 
 
 def test_evaluation_alone_equals_the_evaluation_after_training(run):

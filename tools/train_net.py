@@ -11,11 +11,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mask2former_plugin.checkpoint import CheckpointMismatchError
 from mask2former_plugin.engine import Trainer, load_for_evaluation, read_config, setup, user_errors
-from mask2former_plugin.serialization import CheckpointFileError
-
-LOADING_ERRORS = (CheckpointMismatchError, CheckpointFileError, FileNotFoundError)
 
 
 def main(args):
@@ -24,12 +20,12 @@ def main(args):
     if not args.eval_only:
         with user_errors(AssertionError, ValueError, FileNotFoundError):  # Detectron2 asserts that a dataset is not empty
             trainer = Trainer(cfg)
-        with user_errors(*LOADING_ERRORS):
+        with user_errors(ValueError, FileNotFoundError):
             trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     with user_errors():
         model = Trainer.build_model(cfg)
-    with user_errors(*LOADING_ERRORS):
+    with user_errors(ValueError, FileNotFoundError):
         load_for_evaluation(model, cfg, resume=args.resume)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:

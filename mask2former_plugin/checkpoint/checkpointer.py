@@ -41,6 +41,7 @@ class Checkpointer(DetectionCheckpointer):
         """As ``DetectionCheckpointer``."""
         super().__init__(model, save_dir, **options)
         self._match_names = False
+        self._resuming = False
         self._names = [name for name in self.model.state_dict() if not _DERIVED.fullmatch(name)]
         #: what the last checkpoint gave the model
         self.report = LoadReport(self._names, missing=self._names)
@@ -56,6 +57,18 @@ class Checkpointer(DetectionCheckpointer):
         """Remember where to resume; the best checkpoint so far is no such place, training has gone on since."""
         if not last_filename_basename.startswith("model_best"):
             super().tag_last_checkpoint(last_filename_basename)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As ``DetectionCheckpointer.resume_or_load``.
+
+        Raises:
+            CheckpointMismatchError: a training would go on with another model than that of its checkpoint.
+        """
+        self._resuming = bool(self.checkpointables) and resume and self.has_checkpoint()
+        try:
+            return super().resume_or_load(path, resume=resume)
+        finally:
+            self._resuming = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As ``DetectionCheckpointer.load``; ``path`` may also be a Hugging Face folder or an index of its shards."""
@@ -103,12 +116,22 @@ class Checkpointer(DetectionCheckpointer):
         wrong_shape = {name: (tuple(found), tuple(wanted)) for name, found, wanted in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in wrong_shape]
         self.report = LoadReport(self._names, missing, list(incompatible.unexpected_keys), wrong_shape)
+        if self._resuming:
+            self._check_same_model()
         self._check_architecture(whole_model)
         self.random_weights &= self.report.unset
         return incompatible
 
     def _log_incompatible_keys(self, incompatible) -> None:
         self.logger.log(logging.WARNING if self.report else logging.INFO, "%s", self.report)
+
+    def _check_same_model(self) -> None:
+        unexpected = [name for name in self.report.unexpected if not _DERIVED.fullmatch(name)]
+        if self.report.unset or unexpected:
+            raise CheckpointMismatchError(
+                f"a training can't be resumed with another model: {self.report}\nTake the config of the stored run; or, "
+                "for a new training from these weights, another OUTPUT_DIR and MODEL.WEIGHTS."
+            )
 
     def _check_architecture(self, whole_model: bool) -> None:
         unset = self.report.unset
