@@ -51,6 +51,16 @@ def test_values_and_gradients(monkeypatch, at_once, memory_format):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_chunks_are_small_and_hold_all_masks(at_once):
+    found = []
+    for chunk in MatchedMasks(PAIRS, [], PADDED).chunks(at_once):
+        assert 0 < chunk.stop - chunk.start <= at_once and chunk.start == len(found)
+        found += [(chunk.image, target) for target, own in chunk.of_targets() for _ in range(own.start, own.stop)]
+        assert chunk.stop == len(found)
+    assert found == PAIRS
+
+
 def test_gradcheck():
     embed, features, masks, points = case(size=(4, 5), points=6)
     assert torch.autograd.gradcheck(lambda e, f: point_losses(e, f, masks, points), (embed, features))
