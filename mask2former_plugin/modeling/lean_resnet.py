@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mask2former_plugin.modeling.layers.fused_convolution import fused_convolution, fuses_convolutions
+from mask2former_plugin.modeling.layers.fused_convolution import all_finite, fused_convolution, fuses_convolutions
 from mask2former_plugin.modeling.layers.linear import has_hooks
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -93,6 +93,11 @@ def _has_fused_steps(x: Tensor) -> bool:
     if x.dtype == torch.bfloat16 and not x.is_contiguous(memory_format=torch.channels_last):
         return False  # the sum in this layout only
     return fuses_convolutions(x.dtype)
+
+
+def _would_hide_nan(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the fused steps would turn NaN into 0, and a loss that tells of it into one that doesn't."""
+    return x.device.type == "cpu" and not all_finite(x, *weights)
 
 
 def _rectified_gradient(grad: Tensor, result: Tensor, overwrite: bool = True) -> Tensor:
@@ -272,7 +277,7 @@ class LeanStage(nn.Sequential):
             weights += [conv.weight for conv in convolutions]
             if shortcut is not None:
                 weights.append(shortcut.weight)
-        if not _trains(x, weights):
+        if not _trains(x, weights) or _would_hide_nan(x, weights):
             return super().forward(x)
         return _StageFunction.apply(blocks, self.keeps_wide, x, *weights)
 
@@ -310,6 +315,7 @@ class LeanStem(BasicStem):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` to ``[B, C, H/4, W/4]``."""
-        if not (_trains(x, [self.conv1.weight]) and _frozen_norms([self.conv1])):
+        weights = [self.conv1.weight]
+        if not (_trains(x, weights) and _frozen_norms([self.conv1])) or _would_hide_nan(x, weights):
             return super().forward(x)
         return _StemFunction.apply(_FrozenConv(self.conv1), x, self.conv1.weight)

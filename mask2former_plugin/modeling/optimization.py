@@ -13,7 +13,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers import MultiheadAttention
-from mask2former_plugin.modeling.layers.fused_convolution import fused_convolution, fuses_convolutions
+from mask2former_plugin.modeling.layers.fused_convolution import all_finite, fused_convolution, fuses_convolutions
 from mask2former_plugin.modeling.layers.linear import has_hooks
 from mask2former_plugin.modeling.lean_resnet import LeanStem
 
@@ -153,7 +153,7 @@ class FusedStem(nn.Module):
         self.conv1 = stem.conv1
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.sum().isfinite():
+        if not all_finite(x):
             raise ValueError("an image has values that are NaN or infinite; repair it before it is given to the model")
         x = _convolve(x, self.conv1)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)

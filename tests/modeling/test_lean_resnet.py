@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mask2former_plugin.modeling import lean_resnet
+from mask2former_plugin.modeling.layers.fused_convolution import all_finite
 from mask2former_plugin.modeling.lean_resnet import LeanStage, LeanStem, train_resnet_leanly
 from mask2former_plugin.modeling.optimization import optimize_for_inference
 
@@ -161,6 +162,29 @@ def test_no_images():
         assert [f.shape for f in features.values()] == [(0, 16, 16, 16), (0, 32, 8, 8), (0, 64, 4, 4)]
         sum(f.sum() for f in features.values()).backward()
         assert not any(p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("place", ["image", "stem.conv1.weight", "res2.1.conv2.weight", "res4.0.shortcut.weight"])
+def test_not_a_number_stays_one(kind, place):
+    """The ReLU of oneDNN's fused steps would make 0 of it, and the losses would stay finite."""
+    network, lean = pair(kind)
+    image = torch.randn(2, 3, 33, 47)
+    if place == "image":
+        image[1, 2, 5, 30] = float("nan")
+    else:
+        for one in (network, lean):
+            one.get_parameter(place).data[0, 0, 0, 0] = float("nan")
+    expected, actual = network(image), lean(image)
+    assert expected["res4"].isnan().any()
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name].isnan(), wanted.isnan())
+
+
+def test_large_maps_in_half_precision_count_as_finite():
+    assert all_finite(torch.full((9, 1000), 50.0, dtype=torch.float16), torch.ones(3))
+    for stray in (float("nan"), float("inf"), -float("inf")):
+        assert not all_finite(torch.ones(3), torch.tensor([1.0, stray, -stray, 2.0]).half())
 
 
 def test_hooks_are_called_and_exchanged_norms_count():

@@ -17,10 +17,20 @@ def fuses_convolutions(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or dtype == torch.bfloat16 and calculates_in_bfloat16()
 
 
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no value is NaN or infinite: oneDNN's ReLU makes 0 of NaN, which nobody would notice then.
+
+    Of sums, which read everything once. A device is waited for.
+    """
+    return all(t.detach().sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite() for t in tensors)
+
+
 def fused_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, *, rectify: bool = True, addend: Tensor | None = None
 ) -> Tensor:
     """``relu(conv(x) + addend)``, in the place of the addend; without one, ``rectify`` False leaves out the ReLU.
+
+    The ReLU makes 0 of NaN, see :func:`all_finite`.
 
     Args:
         x: ``[B, C, H, W]``.
