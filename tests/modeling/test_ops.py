@@ -190,6 +190,31 @@ def test_small_and_large_logits_together():
         assert expected[0, 2, 1].isnan().all() == math.isnan(stray)
 
 
+def test_places_that_are_not_numbers(chunks):
+    """They concern their own token and head, values and gradients; infinitely far away is outside."""
+    value, offsets, logits = arguments(queries=6)
+    points = torch.rand(6, 2, dtype=torch.float64)
+    found = []
+    for stray in (0.0, float("nan"), float("inf"), -float("inf")):
+        changed = offsets.clone()
+        changed[1, 2, 1, 0, 1, 0] = stray
+        leaves = [x.clone().requires_grad_() for x in (value, changed, logits)]
+        output = ms_deform_attn_from_logits_cpu(leaves[0], SHAPES, points, *leaves[1:])
+        gradients = torch.autograd.grad(output.sum(), leaves)
+        found.append([x.clone() for x in (output.detach().unflatten(2, value.shape[2:]), *gradients[1:])])
+    usual, nowhere, *outside = found
+    for x, same in zip(nowhere, usual):
+        assert x[1, 2, 1].isnan().any()
+        x[1, 2, 1] = same[1, 2, 1]
+        torch.testing.assert_close(x, same, rtol=0, atol=1e-12)
+    far = offsets.clone()
+    far[1, 2, 1, 0, 1, 0] = 1e6
+    expected = ms_deform_attn_from_logits_cpu(value, SHAPES, points, far, logits).unflatten(2, value.shape[2:])
+    for output, of_offsets, _ in outside:
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        assert not of_offsets[1, 2, 1, 0, 1].any()
+
+
 def test_autocast_does_not_reach_inside():
     value, offsets, logits = arguments(torch.float32)
     points = torch.rand(offsets.shape[1], 2)
@@ -387,3 +412,11 @@ def test_wrong_shapes_are_named():
         ms_deform_attn(value, [(3, 4), (5, 2)], locations, weights)
     with pytest.raises(ValueError, match=r"attention_weights \[B, T, M, L, P\]"):
         ms_deform_attn(value, SHAPES, locations, weights[..., :1])
+    with pytest.raises(ValueError, match=r"value must be \[B, S, M, D\], got \(23, 2, 3\)"):
+        ms_deform_attn(value[0], SHAPES, locations, weights)
+    with pytest.raises(ValueError, match=r"sampling_locations must be \[B, T, M, L, P, 2\]"):
+        ms_deform_attn(value, SHAPES, locations[0, 0], weights)
+    with pytest.raises(ValueError, match=r"of \(2, 3, 2, 3, 0, 2\): M, L and P must be at least 1"):
+        ms_deform_attn(value, SHAPES, locations[:, :, :, :, :0], weights[..., :0])
+    with pytest.raises(ValueError, match="M, L and P must be at least 1"):
+        ms_deform_attn(value[:, :0], [], locations[:, :, :, :0], weights[:, :, :, :0])

@@ -78,18 +78,22 @@ def implementation_for(device: torch.device) -> Implementation:
 
 def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], **samples: Tensor) -> None:
     """The shapes fit together; ``samples`` are the places and the weights by the names that the caller knows them by."""
+    if value.dim() != 4:
+        raise ValueError(f"value must be [B, S, M, D], got {tuple(value.shape)}")
     batch, length, heads, _ = value.shape
     if sum(h * w for h, w in spatial_shapes) != length:
         raise ValueError(
             f"value has {length} tokens, but spatial_shapes {list(spatial_shapes)} describe another number"
         )
     (places_name, places), (weights_name, weights) = samples.items()
-    expected = (batch, places.shape[1], heads, len(spatial_shapes), places.shape[4])
+    expected = (batch, *places.shape[1:2], heads, len(spatial_shapes), *places.shape[4:5])
     if tuple(places.shape) != (*expected, 2) or tuple(weights.shape) != expected:
         raise ValueError(
             f"{places_name} must be [B, T, M, L, P, 2] and {weights_name} [B, T, M, L, P] "
             f"with B={batch}, M={heads}, L={len(spatial_shapes)}, got {tuple(places.shape)} and {tuple(weights.shape)}"
         )
+    if 0 in expected[2:]:
+        raise ValueError(f"{places_name} [B, T, M, L, P, 2] of {tuple(places.shape)}: M, L and P must be at least 1")
 
 
 def ms_deform_attn(

@@ -128,9 +128,9 @@ class _Sampler:
             torch.addcmul(self.shift, position, self.extent[:, :length, :heads], out=position)
         else:
             position += self.origin[:, tokens, :heads]
-        # not a number goes to the border, too, instead of becoming an index
-        torch.minimum(position.nan_to_num_(0.0), self.most[:, :length, :heads], out=position).clamp_(min=0.5)
-        column, line = position.int()
+        torch.minimum(position, self.most[:, :length, :heads], out=position).clamp_(min=0.5)
+        # what is not a number spoils the weights, but must not become an index
+        column, line = position.nan_to_num(0.5).int()
         torch.add(self.first[:length, :heads], column, alpha=self.heads, out=rows).add_(line, alpha=self.stride)
         right, lower = position.frac_()
         upper_left, upper_right, lower_left, lower_right = weights
