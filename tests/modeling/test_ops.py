@@ -416,7 +416,7 @@ def test_wrong_shapes_are_named():
         ms_deform_attn(value[0], SHAPES, locations, weights)
     with pytest.raises(ValueError, match=r"sampling_locations must be \[B, T, M, L, P, 2\]"):
         ms_deform_attn(value, SHAPES, locations[0, 0], weights)
-    with pytest.raises(ValueError, match=r"of \(2, 3, 2, 3, 0, 2\): M, L and P must be at least 1"):
+    with pytest.raises(ValueError, match=r"of shape \(2, 3, 2, 3, 0, 2\): M, L and P must be at least 1"):
         ms_deform_attn(value, SHAPES, locations[:, :, :, :, :0], weights[..., :0])
     with pytest.raises(ValueError, match="M, L and P must be at least 1"):
         ms_deform_attn(value[:, :0], [], locations[:, :, :, :0], weights[:, :, :, :0])

@@ -77,7 +77,7 @@ def implementation_for(device: torch.device) -> Implementation:
 
 
 def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], **samples: Tensor) -> None:
-    """The shapes fit together; ``samples`` are the places and the weights by the names that the caller knows them by."""
+        raise ValueError(f"{places_name} of shape {tuple(places.shape)}: M, L and P must be at least 1")
     if value.dim() != 4:
         raise ValueError(f"value must be [B, S, M, D], got {tuple(value.shape)}")
     batch, length, heads, _ = value.shape
