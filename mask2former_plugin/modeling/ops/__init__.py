@@ -77,7 +77,7 @@ def implementation_for(device: torch.device) -> Implementation:
 
 
 def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], **samples: Tensor) -> None:
-        raise ValueError(f"{places_name} of shape {tuple(places.shape)}: M, L and P must be at least 1")
+    """The shapes fit together; ``samples`` are places and weights, by the names that the caller knows them by."""
     if value.dim() != 4:
         raise ValueError(f"value must be [B, S, M, D], got {tuple(value.shape)}")
     batch, length, heads, _ = value.shape
@@ -93,7 +93,7 @@ def _check(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], **samples: 
             f"with B={batch}, M={heads}, L={len(spatial_shapes)}, got {tuple(places.shape)} and {tuple(weights.shape)}"
         )
     if 0 in expected[2:]:
-        raise ValueError(f"{places_name} [B, T, M, L, P, 2] of {tuple(places.shape)}: M, L and P must be at least 1")
+        raise ValueError(f"{places_name} of shape {tuple(places.shape)}: M, L and P must be at least 1")
 
 
 def ms_deform_attn(
