@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from detectron2.modeling import DatasetMapperTTA
 from fvcore.transforms import HFlipTransform
 from torch import nn
 
-from mask2former_plugin.modeling.inference import ImageMasks, SemanticTask, needed_queries, run_tasks
+from mask2former_plugin.modeling.inference import SemanticTask, needed_queries, run_tasks
 from mask2former_plugin.modeling.inference.light_outputs import LabelMap
 from mask2former_plugin.modeling.inference.query_fusion import FusedPasses, Pass
+from mask2former_plugin.modeling.inference.semantic import ScoreTiles, mean_scores
+from mask2former_plugin.modeling.inference.tasks import full_precision
 from mask2former_plugin.modeling.inference.upsampling import first_largest
 from mask2former_plugin.modeling.mask_logits import mask_logits_of
 from mask2former_plugin.modeling.meta_arch import MaskFormer
@@ -69,11 +72,19 @@ class WithTTA(nn.Module):
     def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _as_wanted(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores ``[K, H, W]``, or their classes if the model is set to give these."""
-        if not self._gives_label_maps:
-            return scores
-        return first_largest(scores).as_subclass(LabelMap)
+    @torch.no_grad()
+    def _pass(self, x: dict[str, Any], flipped: bool) -> Pass:
+        """What a :class:`MaskFormer` says of one copy."""
+        images = self.model.preprocess([x])
+        outputs = self.model.sem_seg_head(self.model.backbone(images.tensor))
+        masks = mask_logits_of(outputs)
+        padded_size = tuple(images.tensor.shape[-2:])
+        return Pass(outputs["pred_logits"][0], masks, padded_size, tuple(images.image_sizes[0]), flipped)
+
+    def _mean(self, scores: Sequence[tuple[ScoreTiles, bool]], size: tuple[int, int]) -> torch.Tensor:
+        """Mean scores ``[K, H, W]``, or their classes if the model is set to give these."""
+        with full_precision(self.model.device):
+            return mean_scores(scores, size, label_map=self._gives_label_maps)
 
     @property
     def _gives_label_maps(self) -> bool:
@@ -88,7 +99,7 @@ class SemanticSegmentorWithTTA(WithTTA):
         cfg: the model's config.
         model: returns ``sem_seg`` ``[K, H, W]`` at the size of ``height`` and ``width`` of its input dict.
         tta_mapper: makes the augmented copies of an input dict, default ``DatasetMapperTTA(cfg)``.
-        batch_size: augmented copies given to the model at once.
+        batch_size: augmented copies given to the model at once; a :class:`MaskFormer` gets one, unless in windows.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, tta_mapper=None, batch_size: int = 1) -> None:
@@ -98,24 +109,32 @@ class SemanticSegmentorWithTTA(WithTTA):
     def _one_image(self, x: dict[str, Any]) -> dict[str, Any]:
         """``sem_seg`` only: the mean over the copies, ``[K, height, width]``, or its best classes."""
         copies, flipped = self._copies(x)
+        if isinstance(self.model, MaskFormer) and self.model.windows is None:
+            size, masks_first = (x["height"], x["width"]), self.model.sem_seg_postprocess_before_inference
+            # of each pass its masks are kept, of no pass scores at full size
+            passes = (self._pass(*copy) for copy in zip(copies, flipped))
+            scores = [(one.scores(size, masks_first=masks_first), one.flipped) for one in passes]
+            return {SemanticTask.name: self._mean(scores, size)}
         wanted = self._gives_label_maps
         if wanted:
             self.model.semantic_label_map = False
         try:
-            total = self._sum(copies, flipped)
+            mean = self._sum(copies, flipped).div_(len(copies))
         finally:
             if wanted:
                 self.model.semantic_label_map = True
-        return {SemanticTask.name: self._as_wanted(total / len(copies))}
+        return {SemanticTask.name: first_largest(mean).as_subclass(LabelMap) if wanted else mean}
 
     def _sum(self, copies: list[dict[str, Any]], flipped: list[bool]) -> torch.Tensor:
         total = None
         for start in range(0, len(copies), self.batch_size):
             outputs = self.model(copies[start : start + self.batch_size])
             for output, is_flipped in zip(outputs, flipped[start:]):
-                scores = output["sem_seg"].flip(2) if is_flipped else output["sem_seg"]
-                # clone once: the sum is taken in place and must not change the model's output
-                total = scores.clone() if total is None else total.add_(scores)
+                if total is None:
+                    total = torch.zeros_like(output["sem_seg"])
+                # class by class: a mirrored copy of all scores would need their memory once more
+                for sum_, scores in zip(total, output["sem_seg"]):
+                    sum_ += scores.flip(1) if is_flipped else scores
         return total
 
 
@@ -143,8 +162,7 @@ class MaskClassificationWithTTA(WithTTA):
         passes = [self._pass(*copy) for copy in zip(*self._copies(x))]
         result = {}
         if self.model.semantic_on:
-            scores = sum(self._semantic(one, size) for one in passes) / len(passes)
-            result[SemanticTask.name] = self._as_wanted(scores)
+            result[SemanticTask.name] = self._mean([(one.scores(size), one.flipped) for one in passes], size)
         fused = FusedPasses(passes)
         tasks = self.model.inference_tasks(fused.class_logits(), size)
         tasks = [task for task in tasks if not isinstance(task, SemanticTask)]
@@ -152,18 +170,3 @@ class MaskClassificationWithTTA(WithTTA):
             groups = needed_queries(tasks)
             result.update(run_tasks(tasks, groups, fused.masks(groups, size)))
         return result
-
-    @torch.no_grad()
-    def _pass(self, x: dict[str, Any], flipped: bool) -> Pass:
-        images = self.model.preprocess([x])
-        outputs = self.model.sem_seg_head(self.model.backbone(images.tensor))
-        masks = mask_logits_of(outputs)
-        padded_size = tuple(images.tensor.shape[-2:])
-        return Pass(outputs["pred_logits"][0], masks, padded_size, tuple(images.image_sizes[0]), flipped)
-
-    def _semantic(self, one: Pass, size: tuple[int, int]) -> torch.Tensor:
-        """Scores ``[K, H, W]`` of one copy, mirrored back."""
-        task = SemanticTask(one.class_logits, size)
-        masks: ImageMasks = one.image_masks(task.queries, size)
-        scores = run_tasks([task], task.queries, masks)[task.name]
-        return scores.flip(2) if one.flipped else scores

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from mask2former_plugin.config import load_config
+from mask2former_plugin.modeling.inference.light_outputs import LabelMap
 from mask2former_plugin.modeling.inference.query_fusion import FusedPasses, Pass, group_queries
 from mask2former_plugin.modeling.inference.windows import WindowOptions
 from mask2former_plugin.modeling.mask_logits import MaskLogits, MaskPrediction
@@ -346,14 +347,16 @@ def test_flipped_copies_are_recognised_by_their_transforms():
 
 def in_windows(head, **options):
     options = {"panoptic_on": False, "instance_on": False, "sem_seg_postprocess_before_inference": True, **options}
-    return make_model(head, windows=WindowOptions((32, 64), 16), **options)
+    return make_model(head, **{"windows": WindowOptions((32, 64), 16), **options})
 
 
-@pytest.mark.parametrize("output", [(64, 96), (100, 150)])
-def test_semantic_scores_in_windows_are_averaged(output):
-    """Flips and scales, each cut into windows of its own size: the mean of what the model gives of each copy."""
+@pytest.mark.parametrize("windows", [None, WindowOptions((32, 64), 16)])
+@pytest.mark.parametrize("masks_first", [True, False])
+@pytest.mark.parametrize("output", [(64, 96), (100, 151)])
+def test_semantic_scores_are_averaged(windows, masks_first, output):
+    """Flips and scales, whole or cut into windows of its own size: the mean of what the model gives of each copy."""
     x = smooth_input(output=output)
-    model = in_windows(ColourHead())
+    model = in_windows(ColourHead(), windows=windows, sem_seg_postprocess_before_inference=masks_first)
     tta = build_model_with_TTA(config(64, 80, 128, flip=True), model)
     expected = torch.zeros(CLASSES, *output)
     copies = tta.tta_mapper(x)
@@ -363,7 +366,10 @@ def test_semantic_scores_in_windows_are_averaged(output):
         expected += (scores.flip(2) if index % 2 else scores) / 6
     torch.testing.assert_close(tta([x])[0]["sem_seg"], expected, rtol=1e-5, atol=1e-6)
     model.semantic_label_map = True
-    assert torch.equal(tta([x])[0]["sem_seg"], expected.argmax(0)) and model.semantic_label_map
+    labels = tta([x])[0]["sem_seg"]
+    assert type(labels) is LabelMap and model.semantic_label_map
+    chosen, best = expected.gather(0, labels.argmax(dim=0)[None])[0], expected.amax(0)
+    torch.testing.assert_close(chosen, best, rtol=1e-5, atol=0)
 
 
 def test_semantic_scores_in_windows_are_those_of_the_whole_image():

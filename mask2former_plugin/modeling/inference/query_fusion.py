@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mask2former_plugin.modeling.inference.semantic import class_probabilities
+from mask2former_plugin.modeling.inference.semantic import ScoreTiles, SemanticTask, class_probabilities
 from mask2former_plugin.modeling.inference.upsampling import Buffers, ImageMasks, Range
 from mask2former_plugin.modeling.mask_logits import MaskLogits
 
@@ -49,6 +49,16 @@ class Pass:
         """Mask logits of some queries, ready to be resized to ``size``; still mirrored if the version is."""
         logits = self.masks.select(torch.zeros(len(queries), dtype=torch.int64), queries)
         return ImageMasks(logits, self.padded_size, self.image_size, size)
+
+    def scores(self, size: tuple[int, int], *, masks_first: bool = True) -> ScoreTiles:
+        """Class scores at ``size``; still mirrored if the version is.
+
+        Args:
+            masks_first: resize masks, not scores, from the size of the image.
+        """
+        task = SemanticTask(self.class_logits, size)
+        masks = self.image_masks(task.queries, size if masks_first else self.image_size)
+        return ScoreTiles(task.weights, masks, size)
 
 
 def group_queries(class_probability: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
