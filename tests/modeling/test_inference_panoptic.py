@@ -113,6 +113,47 @@ def test_pixels_without_a_mask_are_void_in_mask2former_only():
     assert int((infer(class_logits, logits, 0.5, 0.0, False)[0] == 1).sum()) == found.numel()
 
 
+def on_one_grid(class_logits, logits, overlap_threshold, **options):
+    """Without resizing, by this module and by the formula; they are equal."""
+    size = tuple(logits.shape[1:])
+    options = {"object_mask_threshold": 0.1, "overlap_threshold": overlap_threshold, **options}
+    task = PanopticTask(class_logits, size, thing_classes=THINGS, **options)
+    found, segments = run_tasks([task], task.queries, ImageMasks(logits[task.queries], size, size))["panoptic_seg"]
+    require_mask = options.get("require_mask", True)
+    expected, expected_segments = panoptic(class_logits, logits, THINGS, 0.1, overlap_threshold, require_mask)
+    assert torch.equal(found, expected) and segments == expected_segments
+    return segments
+
+
+@pytest.mark.parametrize("require_mask", [True, False])
+def test_a_visible_part_of_just_the_threshold_is_enough(require_mask):
+    class_logits = torch.full((2, 6), -20.0)
+    class_logits[0, 0] = class_logits[1, 2] = 20.0
+    class_logits[1, 3] = 19.0  # the second query is less sure of its class
+    logits = torch.full((2, 8, 8), -9.0)
+    logits[0, :, :4] = logits[1, :, 2:6] = 9.0  # half of the second mask is under the first
+    logits[0, :, 6:] = 0.0  # and nothing else is the second's
+    assert len(on_one_grid(class_logits, logits, 0.5, require_mask=require_mask)) == 2
+    assert len(on_one_grid(class_logits, logits, 0.5001, require_mask=require_mask)) == 1
+
+
+@pytest.mark.parametrize("tile", [(4, 4), (8, 16)])
+@pytest.mark.parametrize("require_mask", [True, False])
+def test_best_only_where_it_has_no_mask(monkeypatch, tile, require_mask):
+    """Such a query is a segment of MaskFormer's, and none of Mask2Former's, although it has a mask and wins pixels."""
+    monkeypatch.setitem(upsampling._TILE, "cpu", (tile, tile))
+    class_logits = torch.full((2, 6), -20.0)
+    class_logits[0, 0] = class_logits[1, 2] = 20.0
+    logits = torch.full((2, 8, 16), -9.0)
+    logits[0, :, :8] = 9.0
+    logits[1, :, :8], logits[1, :, 8:] = 5.0, -3.0
+    segments = on_one_grid(class_logits, logits, 0.5, require_mask=require_mask)
+    assert [segment["category_id"] for segment in segments] == ([0] if require_mask else [0, 2])
+    logits[1, :, :8] = -9.0  # without any mask, it is none of either
+    segments = on_one_grid(class_logits, logits, 0.0, require_mask=require_mask)
+    assert [segment["category_id"] for segment in segments] == [0]
+
+
 def test_nothing_survives():
     class_logits = torch.zeros(5, 6)
     class_logits[:, 5] = 9.0
