@@ -90,8 +90,8 @@ def _has_fused_steps(x: Tensor) -> bool:
     """Whether :func:`fused_convolution` takes it."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not x.numel():
         return False
-    if x.dtype == torch.bfloat16 and not x.is_contiguous(memory_format=torch.channels_last):
-        return False  # the sum in this layout only
+    if x.dtype == torch.bfloat16 and (x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)):
+        return False  # the sum in this layout only, and of single pixels it does not know the layout
     return fuses_convolutions(x.dtype)
 
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 
 from mask2former_plugin.modeling import lean_resnet
 from mask2former_plugin.modeling.layers.fused_convolution import all_finite
@@ -197,6 +198,65 @@ def test_hooks_are_called_and_exchanged_norms_count():
     x = torch.randn(1, 3, 64, 64)
     compare(run(lean, x)[0], run(plain, x)[0], 1e-5)
     assert len(seen) == 2 and torch.allclose(*seen, rtol=1e-5, atol=1e-5)
+
+
+class ScaledConv(Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ScaledNorm(FrozenBatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+ALTERATIONS = {
+    "subclass of a convolution": lambda conv, block: setattr(conv, "__class__", ScaledConv),
+    "subclass of a norm": lambda conv, block: setattr(conv.norm, "__class__", ScaledNorm),
+    "bias": lambda conv, block: setattr(conv, "bias", nn.Parameter(torch.ones(conv.out_channels))),
+    "activation": lambda conv, block: setattr(conv, "activation", torch.tanh),
+    "padding with what is there": lambda conv, block: conv.__init__(
+        conv.in_channels, conv.out_channels, 3, conv.stride, 1, 1, conv.groups, False, "circular", norm=conv.norm
+    ),
+    "padding by name": lambda conv, block: setattr(conv, "padding", "valid") if conv.padding == (0, 0) else None,
+    "hook of a convolution": lambda conv, block: conv.register_forward_hook(double),
+    "hook of a norm": lambda conv, block: conv.norm.register_forward_hook(double),
+    "hook of a block": lambda conv, block: block.register_forward_hook(double),
+    "hook before a block": lambda conv, block: block.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "hook behind a gradient": lambda conv, block: block.register_full_backward_hook(
+        lambda module, grads, _: (2 * grads[0],)
+    ),
+    "parametrisation": lambda conv, block: parametrize.register_parametrization(conv, "weight", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("alter", ALTERATIONS.values(), ids=ALTERATIONS)
+def test_what_is_no_plain_frozen_convolution_runs_as_it_is(alter, early):
+    plain, lean = pair("bottleneck")
+    if early:
+        lean = copy.deepcopy(plain)
+    for network in (plain, lean):
+        torch.manual_seed(2)
+        alter(network.res2[1].conv2, network.res2[1])
+        alter(network.res3[0].conv3, network.res3[1])
+    if early:
+        train_resnet_leanly(lean)
+    x = torch.randn(1, 3, 64, 64)
+    compare(run(lean, x.clone().requires_grad_())[0], run(plain, x.clone().requires_grad_())[0], 1e-5)
+
+
+def test_single_pixels_in_bfloat16():
+    plain, lean = pair("bottleneck")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = plain(torch.ones(1, 3, 16, 16)), lean(torch.ones(1, 3, 16, 16))
+    assert found["res4"].shape == (1, 64, 1, 1)
+    compare(found, expected, 0.05)
+    differentiate(found)
 
 
 @pytest.mark.parametrize("norm", ["BN", "GN", ""])
