@@ -282,6 +282,8 @@ def test_label_map_is_a_tensor_of_classes():
     assert labels.shape == (2, 2) and labels.numpy().tolist() == [[3, 1], [0, 2]]
     with pytest.raises(ValueError, match="SEMANTIC_LABEL_MAP"):
         labels.argmax(dim=1)
+    with pytest.raises(ValueError, match="keepdim=True"):
+        labels.argmax(dim=0, keepdim=True)
     with pytest.raises(ValueError, match="dim=None"):
         labels.argmax()
 

@@ -97,16 +97,20 @@ def test_run_lengths_are_those_of_pycocotools():
 
 
 @pytest.mark.parametrize("most_changes", [0, 100, 2**22])
-@pytest.mark.parametrize("corner", [(0, 0), (5, 9)])
-def test_run_lengths_that_are_written_part_by_part(monkeypatch, most_changes, corner):
-    """Noise and blocks that end, or go on, at the borders of tiles; some tiles are left out because they are empty."""
+@pytest.mark.parametrize(("corner", "margin"), [((0, 0), (0, 0)), ((0, 0), (3, 2)), ((5, 9), (3, 2))])
+def test_run_lengths_that_are_written_part_by_part(monkeypatch, most_changes, corner, margin):
+    """Noise and blocks that end, or go on, at the borders of tiles; some tiles are left out because they are empty.
+
+    Without margins, runs go on from the bottom of a column to the top of the next one.
+    """
     monkeypatch.setattr(instance_masks, "_MOST_CHANGES", most_changes)
     encode = instance_masks.RunLengthMasks._encode
     ends = []
     monkeypatch.setattr(
         instance_masks.RunLengthMasks, "_encode", lambda self, end: ends.append(end) or encode(self, end)
     )
-    size, canvas, (height, width) = (40, 50), (40 + corner[0] + 3, 50 + corner[1] + 2), (8, 10)
+    size, (height, width) = (40, 50), (8, 10)
+    canvas = tuple(sum(sides) for sides in zip(size, corner, margin))
     masks = torch.zeros((6, *size), dtype=torch.bool)
     masks[0] = torch.rand(size) > 0.5
     masks[1] = True
@@ -154,3 +158,24 @@ def test_one_query_with_several_classes_gives_several_instances():
     found = infer(class_logits, torch.randn(2, 16, 24), top_k=3)
     assert sorted(found.pred_classes.tolist()) == [0, 1, 2]
     assert torch.equal(found.pred_masks[0], found.pred_masks[1]) and found.pred_masks[0].any()
+
+
+def test_run_lengths_of_more_pixels_than_int32_counts():
+    size = (50000, 50000)
+    kept = instance_masks.RunLengthMasks(size, torch.device("cpu"), corner=(49990, 49995))
+    kept.put(torch.tensor([0]), (0, 10), (0, 5), torch.ones((1, 10, 5), dtype=torch.bool))
+    first = 49995 * 50000 + 49990
+    counts = [first, 10, *[49990, 10] * 4]
+    expected = pycocotools.mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"].decode()
+    assert kept.result([0], torch.zeros(1, 4)) == [{"size": list(size), "counts": expected}]
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_mask_is_above_the_threshold_and_so_is_its_box(encoded):
+    logits = torch.zeros((2, *OUTPUT))
+    logits[0, 10:20, 30:50] = 1.0
+    task = InstanceTask(torch.zeros(2, 2), OUTPUT, top_k=2, encoded=encoded)
+    found = run_tasks([task], task.queries, ImageMasks(logits, OUTPUT, OUTPUT))["instances"]
+    found = decoded(found) if encoded else found
+    assert torch.equal(found.pred_masks, logits > 0)
+    assert found.pred_boxes.tensor.tolist() == [[30, 10, 50, 20], [0, 0, 0, 0]]

@@ -450,6 +450,15 @@ def test_rectangles_as_run_lengths(rows, columns):
     assert np.array_equal(pycocotools.mask.decode(outside((9, 8), two)), expected)
 
 
+def test_what_gets_no_pixels_is_no_segment():
+    """It lies in the cell of a window that has not seen it."""
+    head = CropsOfTruth([(0, box(5, 54, 15, 62))], blind=lambda index, top, left: left > 0)
+    image = {"image": coordinates(*SIZE)}
+    ids, segments = make_model(head, windows=OPTIONS)([image])[0]["panoptic_seg"]
+    assert segments == [] and not ids.any()
+    assert len(make_model(head)([image])[0]["panoptic_seg"][1]) == 1
+
+
 def test_an_empty_cell_is_outside_of_nothing():
     """Windows less than a pixel of the result apart have cells without rows, at the edge of others."""
     expected = np.ones((9, 8), dtype=np.uint8)
@@ -463,10 +472,13 @@ def test_duplicates_are_those_of_dense_masks(monkeypatch, pairs):
     monkeypatch.setattr(window_results, "_PAIRS", pairs)
     rng = np.random.default_rng(0)
     corners, sides = rng.integers(0, 20, (40, 2)), rng.integers(1, 20, (40, 2))
+    corners[1], sides[1] = corners[0], sides[0] = (21, 22), (15, 16)  # equal ones: neither is the larger
     ranges = [tuple((int(c), int(c + s)) for c, s in zip(*one)) for one in zip(corners, sides)]
     codes = [rectangle((40, 40), *one) for one in ranges]
     masks = np.stack([pycocotools.mask.decode(code) for code in codes]).astype(bool)
     classes, seen_by = rng.integers(0, 2, 40).tolist(), [set(rng.integers(0, 6, 2).tolist()) for _ in range(40)]
+    classes[0] = classes[1] = 2
+    seen_by[:2] = {0}, {1}
 
     def duplicates(i, j):
         larger = masks[j].sum() > masks[i].sum() and (masks[i] & masks[j]).sum() > 0.5 * masks[i].sum()
