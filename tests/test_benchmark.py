@@ -11,7 +11,7 @@ from mask2former_plugin.benchmark import agreement, plots, report, samples
 from mask2former_plugin.benchmark.cases import CASES, GROUPS, choose_cases
 from mask2former_plugin.benchmark.command_line import CONFIGS, main
 from mask2former_plugin.benchmark.measure import Meter, Operations, is_out_of_memory
-from mask2former_plugin.benchmark.runner import Runner, Settings
+from mask2former_plugin.benchmark.runner import Runner, Settings, WorkerError
 from mask2former_plugin.benchmark.worker import Worker
 from mask2former_plugin.benchmark.workload import SIDES, NotOffered, number_of_bytes
 from mask2former_plugin.modeling.layers.linear import linear
@@ -117,6 +117,9 @@ def test_wrong_and_crashing_sides_are_named_and_the_others_go_on(tmp_path, wrong
         (["--original", "nowhere"], "no checkout of Mask2Former or MaskFormer"),
         (["--configs", "nowhere"], "--configs nowhere"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "gpu"], "take cpu, cuda or cuda:<number>"),
+        (["--device", "cpu:0"], "take cpu, cuda or cuda:<number>"),
+        (["--output", __file__], "File exists"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, words):
@@ -170,6 +173,23 @@ def test_differences():
     }
     assert len(agreement.disagreements(compared)) == 2
     assert not agreement.disagreements(agreement.compare(expected, expected, "float32"))
+
+
+def test_missing_outputs_disagree():
+    """A side that does less of the work must not be timed as one that agrees."""
+    everything = {"class_logits": np.ones(2), "semantic_labels": np.array([1, 2])}
+    less = {"class_logits": np.ones(2)}
+    missing = agreement.compare(less, everything, "float32")
+    assert missing["semantic_labels"]["difference"] == math.inf and len(agreement.disagreements(missing)) == 1
+    assert not agreement.disagreements(agreement.compare(less, everything, "float32", whole=False))
+    nothing = agreement.compare({"losses": np.ones(1)}, everything, "float32", whole=False)
+    assert len(agreement.disagreements(nothing)) == 2
+
+
+def test_the_order_of_sides_does_not_matter():
+    ours, other = {"semantic_labels": np.arange(20)}, {"other_semantic_labels": np.arange(20) // 2 * 2}
+    compared = agreement.compare(other, ours, "float32"), agreement.compare(ours, other, "float32")
+    assert compared[0] == compared[1] == {"other_semantic_labels": {"difference": 0.5, "tolerance": 0.1}}
 
 
 @pytest.mark.parametrize("value", [np.zeros((2, 3)), np.full(2, np.nan)])
@@ -233,7 +253,7 @@ def test_light_results_agree_with_dense_ones(worker, tmp_path, task):
         assert all(facts.values())
         with np.load(tmp_path / "outputs.npz") as arrays:
             found.append(dict(arrays))
-    assert not agreement.disagreements(agreement.compare(found[-1], found[0], "float32"))
+    assert not agreement.disagreements(agreement.compare(found[-1], found[0], "float32", whole=False))
 
 
 def test_weights_are_realistic_and_reproducible(worker, tmp_path):
@@ -427,6 +447,36 @@ def test_resume_keeps_cases_of_the_same_settings_only(results, tmp_path):
     assert report.kept_cases(file, results) == ["kept"]
     with pytest.raises(ValueError, match="settings differs"):
         report.kept_cases(file, {**results, "settings": {"threads": 4}})
+
+
+@pytest.mark.parametrize(("content", "words"), [('{"format": 1, "machi', "is no JSON"), ("[]", "holds no results")])
+def test_resume_of_a_damaged_file(results, tmp_path, content, words):
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"--resume: .*results.json {words}"):
+        report.kept_cases(file, results)
+
+
+def test_interrupted_runs_keep_what_is_measured(tmp_path, monkeypatch):
+    case = {"name": "matching/10-targets", "axis": "", "group": "matching", "sides": []}
+
+    def run(self, chosen):
+        if chosen.name != case["name"]:
+            raise KeyboardInterrupt
+        return case
+
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(Runner, "rates", lambda self: {})
+    monkeypatch.setattr(report, "tables", lambda results: "")
+    with pytest.raises(SystemExit, match="interrupted; --resume goes on with .*results.json"):
+        _run(tmp_path, "--cases", "matching")
+    assert [one["name"] for one in json.loads((tmp_path / "results.json").read_text())["cases"]] == [case["name"]]
+
+
+def test_a_side_that_takes_too_long_is_said_to(tmp_path):
+    settings = Settings(["ours"], 1, 0.0, 1, "cpu", True, CONFIGS, {}, timeout=0.01)
+    with Runner(settings, print) as runner, pytest.raises(WorkerError, match="'rates', 0.01 s without an answer"):
+        runner.rates()
 
 
 def test_sides_have_the_names_of_the_command_line():

@@ -70,19 +70,30 @@ RULES = {
 
 
 def compare(
-    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], precision: str
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], precision: str, *, whole: bool = True
 ) -> dict[str, dict[str, float]]:
-    """``difference`` and ``tolerance`` of every output that both sides have, by the name of the output."""
+    """``difference`` and ``tolerance`` of every output that both sides have, by the name of the output.
+
+    Args:
+        whole: the side has to give every output that is expected, a missing one is infinitely different; otherwise
+            one of them will do.
+    """
+    wanted = {name.removeprefix(OTHER): name for name in expected}
+    given = {name.removeprefix(OTHER): name for name in found}
     result = {}
-    for name, value in found.items():
-        other = expected.get(name.removeprefix(OTHER) if name.startswith(OTHER) else name)
-        if other is None:
+    for plain, name in wanted.items():
+        if plain not in given and (whole or not wanted.keys() & given.keys()):
+            result[name] = {"difference": float("inf"), "tolerance": getattr(RULES[name], precision)}
+    for plain, name in given.items():
+        if plain not in wanted:
             continue
-        rule = RULES[name]
+        # the looser rule, whichever of the two computes it by another one
+        rule_name = max(name, wanted[plain], key=len)
+        rule, value, other = RULES[rule_name], found[name], expected[wanted[plain]]
         difference = rule.measure(value, other) if value.shape == other.shape else float("inf")
         if np.isnan(difference):
             difference = float("inf")
-        result[name] = {"difference": difference, "tolerance": getattr(rule, precision)}
+        result[rule_name] = {"difference": difference, "tolerance": getattr(rule, precision)}
     return result
 
 

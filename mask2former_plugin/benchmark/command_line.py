@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mask2former_plugin.benchmark import report
 from mask2former_plugin.benchmark.cases import CASES, GROUPS, choose_cases
 from mask2former_plugin.benchmark.original import family_of
-from mask2former_plugin.benchmark.runner import KEEPERS, Runner, Settings
+from mask2former_plugin.benchmark.runner import KEEPERS, Runner, Settings, WorkerError
 from mask2former_plugin.benchmark.workload import SIDES
 from mask2former_plugin.command_line import new_parser
 from mask2former_plugin.engine import user_errors
@@ -105,11 +105,19 @@ def _choose_sides(names: Sequence[str] | None, originals: dict[str, Path]) -> li
     return list(dict.fromkeys(names))
 
 
+def _check_device(name: str) -> None:
+    chosen = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if chosen is None:
+        raise ValueError(f"--device {name}: take cpu, cuda or cuda:<number>")
+    if name != "cpu" and int(chosen[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+
+
 def main(description: str, arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if a side failed, crashed or disagrees."""
     parser = _parser(description)
     args = parser.parse_args(arguments)
-    if args.rounds < 1 or args.seconds < 0 or (args.threads or 1) < 1:
+    if args.rounds < 1 or not args.seconds >= 0 or args.threads is not None and args.threads < 1:
         parser.error("--rounds and --threads must be at least 1, --seconds at least 0")
     with user_errors():
         cases = choose_cases(args.cases)
@@ -119,8 +127,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
             raise FileNotFoundError(
                 f"--configs {args.configs} is no folder; the published configs are in the repository"
             )
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {args.device}: torch sees no CUDA device")
+        _check_device(args.device)
     if args.list:
         sys.stdout.write("".join(f"{case.name:40} {case.title}\n" for case in cases))
         return 0
@@ -137,10 +144,10 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
         args.keep_freed_memory,
     )
     results = report.new_results(settings)
-    args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.json"
-    if args.resume and file.is_file():
-        with user_errors():
+    with user_errors():
+        args.output.mkdir(parents=True, exist_ok=True)
+        if args.resume and file.is_file():
             results["cases"] = report.kept_cases(file, results)
     done = {case["name"] for case in results["cases"]}
     try:
@@ -150,7 +157,11 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
             for case in progress:
                 progress.set_description(case.name)
                 results["cases"].append(runner.run(case))
-                file.write_text(json.dumps(results, indent=1))
+                report.save(results, file)
+    except WorkerError as error:  # those of single cases are results
+        sys.exit(f"error: the rates of this machine can't be measured: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; --resume goes on with {file}")
     finally:
         order = list(CASES)
         results["cases"].sort(key=lambda case: order.index(case["name"]))

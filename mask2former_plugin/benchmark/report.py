@@ -79,16 +79,28 @@ def kept_cases(file: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the earlier run was another; the text says in what.
     """
-    earlier = json.loads(file.read_text())
+    try:
+        earlier = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--resume: {file} is no JSON: {error}; remove it or choose another --output") from error
+    if not isinstance(earlier, dict):
+        raise ValueError(f"--resume: {file} holds no results; remove it or choose another --output")
     for key in ("format", "machine", "versions", "settings"):
         if earlier.get(key) != results[key]:
             raise ValueError(f"--resume: {file} is of another run ({key} differs); choose another --output")
     return earlier["cases"]
 
 
+def save(results: Mapping[str, Any], file: Path) -> None:
+    """Write the JSON; an interrupted run leaves the old one or the new one."""
+    incomplete = file.with_suffix(".incomplete")
+    incomplete.write_text(json.dumps(results, indent=1) + "\n")
+    incomplete.replace(file)
+
+
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Write ``results.json``, ``table.md`` and the plots."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    save(results, folder / "results.json")
     (folder / "table.md").write_text(tables(results))
     plots.write(results, folder)
 
