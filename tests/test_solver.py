@@ -22,6 +22,8 @@ class TinyModel(nn.Module):
         self.query = nn.Embedding(5, 4)
         self.level_embed = nn.Parameter(torch.zeros(3, 4))
         self.shared = self.head
+        self.tied = nn.Linear(4, 2, bias=False)
+        self.tied.weight = self.head.weight
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
@@ -51,6 +53,7 @@ def test_groups_follow_the_published_rules():
     }
     assert found == {id(p): value for p, value in expected.items()}
     assert len(groups) == len(set(expected.values()))
+    assert sum(len(g["params"]) for g in groups) == len(expected)
 
 
 @pytest.mark.parametrize("name", ["ADAMW", "SGD"])
@@ -79,8 +82,9 @@ def test_unknown_optimizer_is_named():
         build_optimizer(config("SOLVER.OPTIMIZER", "LION"), TinyModel())
 
 
-def test_full_model_clipping_of_zero_means_none():
-    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.0"]
+@pytest.mark.parametrize(("enabled", "value"), [("True", "0.0"), ("False", "0.5")])
+def test_full_model_clipping_of_zero_means_none(enabled, value):
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", enabled, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", value]
     assert type(build_optimizer(config(*opts), TinyModel())) is torch.optim.AdamW
 
 
@@ -130,6 +134,12 @@ def test_fused_step_with_a_gradient_scaler_clips_unscaled_gradients():
         scaler.step(optimizer)
         found.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+
+
+def test_no_fused_step_where_the_device_has_none():
+    with torch.device("meta"):
+        optimizer = build_optimizer(config(), TinyModel())
+    assert not any(group.get("fused") for group in optimizer.param_groups)
 
 
 def test_fused_can_be_switched_off():
