@@ -459,6 +459,15 @@ def test_what_gets_no_pixels_is_no_segment():
     assert len(make_model(head)([image])[0]["panoptic_seg"][1]) == 1
 
 
+def test_stuff_of_two_classes_stays_two_segments_where_windows_disagree():
+    everywhere = torch.ones(SIZE, dtype=torch.bool)
+    objects = [(4, everywhere), (5, everywhere)]
+    head = CropsOfTruth(objects, blind=lambda index, top, left: index != (left > 0))
+    ids, segments = make_model(head, windows=OPTIONS)([{"image": coordinates(*SIZE)}])[0]["panoptic_seg"]
+    assert [segment["category_id"] for segment in segments] == [4, 5]
+    assert torch.equal(ids, torch.where(torch.arange(140) < 51, 1, 2).int().expand(SIZE))  # windows begin at 0, 38, 76
+
+
 def test_an_empty_cell_is_outside_of_nothing():
     """Windows less than a pixel of the result apart have cells without rows, at the edge of others."""
     expected = np.ones((9, 8), dtype=np.uint8)
