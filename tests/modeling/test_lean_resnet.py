@@ -148,6 +148,41 @@ def test_autocast_is_as_exact_as_the_modules(layout):
     assert torch.tensor(ratios).median() < 1.5  # rounded less often, but which ReLUs let pass what is chance
 
 
+def test_stage_alone_under_autocast():
+    plain, lean = pair("basic")
+    x = torch.randn(2, 8, 12, 10).contiguous(memory_format=torch.channels_last)
+    found = []
+    for network in (plain, lean):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network.res2(leaf)
+        assert y.dtype == torch.bfloat16
+        found.append({"y": y, "x": torch.autograd.grad(y.sum(), leaf)[0]})
+    compare(found[1], found[0], 0.05)
+
+
+def test_backward_pass_inside_autocast():
+    _, lean = pair("bottleneck")
+    x = torch.randn(1, 3, 64, 64, requires_grad=True)
+    total = sum(f.square().sum() for f in lean(x).values())
+    wanted = [x, *lean.parameters()]
+    expected = torch.autograd.grad(total, wanted, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(total, wanted)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_wide_convolutions_are_kept_or_run_again():
+    _, lean = pair("bottleneck")
+    kept = []
+    for keeps_wide in (True, False):
+        for lean_stage in lean.stages:
+            lean_stage.keeps_wide = keeps_wide
+        kept.append(run(lean, torch.randn(1, 3, 64, 64))[1])
+    # results of the 3×3 convolutions: blocks, channels and pixels of each stage
+    assert kept[0] - kept[1] == 3 * 4 * 16**2 + 2 * 8 * 8**2 + 2 * 16 * 4**2
+
+
 def test_without_onednn(monkeypatch):
     plain, lean = pair("bottleneck")
     monkeypatch.setattr(lean_resnet, "_has_fused_steps", lambda x: False)
