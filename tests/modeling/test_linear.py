@@ -264,6 +264,19 @@ def test_pieces_are_recomputed_in_training(monkeypatch, tokens):
     assert block["unused"].weight.grad is None
 
 
+def test_backward_pass_of_pieces_inside_of_autocast(monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(module, "_CACHED_VALUES", 160)
+    layer, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)), torch.randn(50, 6, requires_grad=True)
+    loss = token_wise(layer, x, hidden=16, module=layer).square().sum()
+    leaves = (x, *layer.parameters())
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(loss, leaves)
+    for one, other in zip(actual, expected):
+        assert torch.equal(one, other)
+
+
 def test_inputs_without_gradient_and_active_dropout(monkeypatch):
     monkeypatch.setattr(module, "_LEAST_ROWS", 8)
     monkeypatch.setattr(module, "_CACHED_VALUES", 160)

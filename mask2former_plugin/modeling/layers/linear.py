@@ -200,7 +200,8 @@ class _InPieces(torch.autograd.Function):
         grad_tokens = [torch.empty_like(t) if t.requires_grad else None for t in tokens]
         for start in range(0, len(grad_output), ctx.length):
             rows = slice(start, start + ctx.length)
-            with torch.enable_grad():
+            # there was no autocast in the forward pass
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
                 piece = [t[rows].detach().requires_grad_(t.requires_grad) for t in tokens]
                 output = ctx.function(*piece)
             wanted = [t for t in piece if t.requires_grad]
