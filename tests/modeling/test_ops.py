@@ -190,6 +190,15 @@ def test_small_and_large_logits_together():
         assert expected[0, 2, 1].isnan().all() == math.isnan(stray)
 
 
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0, -60.0, 45.0])
+def test_what_all_logits_have_in_common_changes_nothing(shift):
+    value, offsets, logits = arguments(queries=6)
+    points = torch.rand(6, 2, dtype=torch.float64)
+    expected = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits)
+    shifted = ms_deform_attn_from_logits_cpu(value, SHAPES, points, offsets, logits + shift)
+    torch.testing.assert_close(shifted, expected, rtol=0, atol=1e-11)
+
+
 def test_places_that_are_not_numbers(chunks):
     """They concern their own token and head, values and gradients; infinitely far away is outside."""
     value, offsets, logits = arguments(queries=6)
@@ -420,3 +429,8 @@ def test_wrong_shapes_are_named():
         ms_deform_attn(value, SHAPES, locations[:, :, :, :, :0], weights[..., :0])
     with pytest.raises(ValueError, match="M, L and P must be at least 1"):
         ms_deform_attn(value[:, :0], [], locations[:, :, :, :0], weights[:, :, :, :0])
+    points = torch.rand(3, 2)
+    with pytest.raises(ValueError, match=r"points must be \[T, 2\] with T=3, got \(1, 2\)"):
+        ms_deform_attn_from_logits(value, SHAPES, points[:1], locations, weights)
+    with pytest.raises(ValueError, match="points must be constants"):
+        ms_deform_attn_from_logits(value, SHAPES, points.requires_grad_(), locations, weights)

@@ -81,6 +81,21 @@ def test_folded_norms(resnet_config, depth, norm):
         assert relative_error(actual[name], expected[name]) < 1e-12  # float64
 
 
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_norms_of_all_kinds(bias, options):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6, **options)
+    conv = Conv2d(4, 6, kernel_size=3, bias=bias, norm=norm).double().eval()
+    for tensor in [*norm.buffers(), *norm.parameters()]:
+        tensor.data.copy_(torch.rand(tensor.shape) + 0.5)
+    folded = copy.deepcopy(conv)
+    fold_norms(folded)
+    assert (folded.norm is None) == ("track_running_stats" not in options)
+    x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), conv(x), rtol=0, atol=1e-12)
+
+
 def test_other_norms_stay(resnet_config):
     backbone = build_backbone(resnet_config(18, "GN"), RGB)
     state = copy.deepcopy(backbone.state_dict())
@@ -124,6 +139,44 @@ def test_same_results(model, size):
         assert one["sem_seg"].dtype == torch.float32
         # float32: a mask logit next to 0 may let a query attend to one more pixel, which moves the scores a little
         torch.testing.assert_close(one["sem_seg"], other["sem_seg"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("norm", ["", "BN"])
+@torch.no_grad()
+def test_norms_of_the_pixel_decoder(model, norm):
+    """Folded or missing; the ReLU behind them stays."""
+    original = model("MODEL.SEM_SEG_HEAD.NORM", norm)
+    images = original.preprocess([{"image": torch.rand(3, 75, 101) * 255}]).tensor
+    features = original.backbone(images)
+    for module, tolerance in ((original, 1e-5), (copy.deepcopy(original).double(), 1e-12)):
+        optimized = optimize_for_inference(module)
+        dtype = next(module.parameters()).dtype
+        maps = {name: feature.to(dtype) for name, feature in features.items()}
+        expected, actual = (x.sem_seg_head.pixel_decoder.forward_features(maps)[0] for x in (module, optimized))
+        assert actual.dtype == dtype and relative_error(actual, expected) < tolerance
+
+
+@needs_fused_convolutions
+def test_what_cannot_be_fused(resnet_config):
+    """Other borders than zeros, another activation, float64."""
+    image = torch.randn(1, 3, 40, 56)
+    for change in ("padding", "activation", "float64"):
+        backbone = with_noise(build_backbone(resnet_config(18, "FrozenBN"), RGB)).eval()
+        conv = backbone.res2[1].conv1
+        if change == "padding":
+            conv.padding_mode, conv._reversed_padding_repeated_twice = "reflect", [1, 1, 1, 1]
+        elif change == "activation":
+            conv.activation = torch.tanh
+        else:
+            backbone.double()
+        optimized = optimize_for_inference(backbone)
+        x = image.to(conv.weight.dtype)
+        with torch.no_grad():
+            expected, actual = backbone(x), optimized(x)
+        for name in expected:
+            assert relative_error(actual[name], expected[name]) < 1e-5  # float32, 17 convolutions
+        blocks = sum(isinstance(module, FusedBlock) for module in optimized.modules())
+        assert blocks == (0 if change == "float64" else 7)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bfloat16", 0.15), ("float16", 0.05)])
