@@ -204,8 +204,8 @@ class _InPieces(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast("cpu", enabled=False):
                 piece = [t[rows].detach().requires_grad_(t.requires_grad) for t in tokens]
                 output = ctx.function(*piece)
-            wanted = [t for t in piece if t.requires_grad]
-            found = torch.autograd.grad(output, (*wanted, *parameters), grad_output[rows], allow_unused=True)
+                wanted = [t for t in piece if t.requires_grad]
+                found = torch.autograd.grad(output, (*wanted, *parameters), grad_output[rows], allow_unused=True)
             for target, grad in zip((g for g in grad_tokens if g is not None), found):
                 target[rows] = grad
             for i, grad in enumerate(found[len(wanted) :]):
