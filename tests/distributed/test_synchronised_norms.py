@@ -1,4 +1,4 @@
-"""Layers with synchronised norms run again in the backward pass, over two processes."""
+"""Networks with synchronised norms in two processes: trained in parallel, and layers run again in the backward pass."""
 
 import copy
 
@@ -23,6 +23,27 @@ class RunsLean(RunsLayers):
 
     def forward(self, x):
         return self.run_lean(self.layer, x)
+
+
+def trained_in_parallel():
+    """Statistics and gradients of a network that two processes train, and of one that sees the whole batch."""
+    from detectron2.engine import create_ddp_model
+    from detectron2.utils import comm
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), get_norm("SyncBN", 4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    whole = copy.deepcopy(network)
+    whole[1] = nn.BatchNorm2d(4).double()
+    batch = torch.randn(4, 3, 7, 9, dtype=torch.float64)
+    parallel = create_ddp_model(network, broadcast_buffers=False)
+    parallel(batch[2 * comm.get_rank() :][:2]).square().mean().backward()
+    whole(batch).square().mean().backward()
+    return [[*n.state_dict().values(), *(p.grad for p in n.parameters())] for n in (network, whole)]
+
+
+def test_a_parallel_model_on_cpus_sees_the_whole_batch(tmp_path):
+    for found, expected in run_in_processes(trained_in_parallel, 2, tmp_path):
+        torch.testing.assert_close(found, expected)
 
 
 def statistics_and_gradients():

@@ -32,6 +32,7 @@ from detectron2.evaluation import (
     print_csv_format,
     verify_results,
 )
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm, SyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.solver import LRScheduler, build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -67,6 +68,10 @@ def create_ddp_model(model: nn.Module, *, fp16_compression: bool = False, **kwar
     if comm.get_world_size() == 1:
         return model
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    if not on_gpu:
+        for module in model.modules():
+            if type(module) is SyncBatchNorm:  # which DistributedDataParallel refuses on CPUs; computes the same
+                module.__class__ = NaiveSyncBatchNorm
     kwargs.setdefault("device_ids", [comm.get_local_rank()] if on_gpu else None)
     ddp = DistributedDataParallel(model, **kwargs)
     if fp16_compression:
