@@ -310,6 +310,37 @@ def test_groups_follow_the_mean_of_earlier_passes():
     assert group_queries(probability, masks).tolist() == [[0, -1, -1], [-1, 0, 0]]
 
 
+def test_groups_follow_the_mean_of_earlier_classes():
+    """The first pass is hardly sure of the classes, the second one is, and of others; the third has equal masks."""
+    unsure = torch.zeros(2, CLASSES + 1)
+    unsure[:, :2] = torch.tensor([[0.55, 0.45], [0.45, 0.55]])
+    probability = [unsure, one_hot_logits([1, 0], 0.99).softmax(1), one_hot_logits([0, 1], 0.99).softmax(1)]
+    between = (4, 20, 3, 15)
+    boxes = [(LEFT, LEFT_SHIFTED)] * 2 + [(between, between)]
+    masks = [box_masks(*pair).dense()[0].sigmoid().flatten(1) for pair in boxes]
+    assert group_queries(probability, masks).tolist() == [[0, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("flipped", [(False, True), (True, True)])
+def test_mirrored_passes_in_tiles(flipped):
+    """Blocks and their bounds are those of the whole map, whatever side of it they are on."""
+    masks = [MaskLogits(torch.randn(1, 2, 4), torch.randn(1, 4, 16, 24)) for _ in flipped]
+    passes = [Pass(one_hot_logits([0, 1], 0.9), *one, (64, 96), (60, 90), mirror) for *one, mirror in zip(masks, flipped)]
+    size, groups = (71, 101), torch.tensor([0, 1])
+    masks = FusedPasses(passes).masks(groups, size)
+    whole = masks.block((0, size[0]), (0, size[1]))
+    assert (whole - whole.flip(2)).abs().mean() > 0.1
+    rows, columns = [(0, 20), (20, 71)], [(0, 30), (30, 37), (37, 101)]
+    low, high = (bound.unflatten(1, (2, 3)) for bound in masks.bounds(rows, columns))
+    for r, row in enumerate(rows):
+        for c, column in enumerate(columns):
+            block = whole[:, slice(*row), slice(*column)]
+            torch.testing.assert_close(masks.block(row, column), block, atol=1e-5, rtol=0)
+            assert (low[:, r, c] <= block.amin((1, 2)) + 1e-5).all()
+            assert (block.amax((1, 2)) <= high[:, r, c] + 1e-5).all()
+            torch.testing.assert_close(masks.block(row, column, torch.tensor([1])), block[1:], atol=1e-5, rtol=0)
+
+
 def test_choice_follows_the_tasks():
     cfg = config(64, flip=True)
     assert isinstance(build_model_with_TTA(cfg, make_model(ColourHead())), MaskClassificationWithTTA)

@@ -419,6 +419,9 @@ def test_groups_never_hold_two_objects_of_one_window():
     groups.join(d, c)
     assert [sorted(members) for members in groups.groups()] == [[a, b], [c, d]]
     assert [groups.group_of(one) for one in (a, b, c, d)] == [a, a, c, c]
+    e = groups.add(1)
+    groups.join(a, e)  # e is of the window of b, which a was joined with
+    assert [sorted(members) for members in groups.groups()] == [[a, b], [c, d], [e]]
 
 
 def test_pairs_are_one_to_one_of_one_class_and_more_than_half():
