@@ -143,6 +143,8 @@ def _fusible(conv: nn.Module) -> bool:
 
 def _convolve(x: Tensor, conv: nn.Conv2d, *, rectify: bool = True, addend: Tensor | None = None) -> Tensor:
     """See :func:`fused_convolution`; in the precision of the weights, whatever autocast says."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("this model is optimised for inference and has no gradients; use the one it was made from")
     return fused_convolution(x.to(conv.weight.dtype), conv.weight, conv.bias, conv, rectify=rectify, addend=addend)
 
 

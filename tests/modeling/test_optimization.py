@@ -10,6 +10,7 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from mask2former_plugin.modeling import optimization
+from mask2former_plugin.modeling.layers import MultiheadAttention
 from mask2former_plugin.modeling.optimization import FusedBlock, FusedStem, fold_norms, optimize_for_inference
 
 needs_fused_convolutions = pytest.mark.skipif(
@@ -189,6 +190,8 @@ def test_half_precision_is_that_of_autocast(model, precision, tolerance):
             assert module.weight.dtype == dtype
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding)):
             assert module.weight.dtype == torch.float32
+        elif isinstance(module, MultiheadAttention):
+            assert module.in_proj_weight.dtype == module.in_proj_bias.dtype == dtype
     images = original.preprocess([{"image": torch.rand(3, 75, 101) * 255} for _ in range(4)]).tensor
     with torch.no_grad():
         exact = original.sem_seg_head(original.backbone(images))
@@ -226,6 +229,16 @@ def test_no_training(model):
     for module in (optimized, optimized.backbone, optimized.sem_seg_head, copy.deepcopy(optimized)):
         with pytest.raises(RuntimeError, match="optimised for inference and cannot be trained; train the model that"):
             module.train()
+
+
+@needs_fused_convolutions
+def test_no_gradients(model):
+    """oneDNN's fused steps would give wrong ones."""
+    optimized, image = optimize_for_inference(model()), torch.randn(1, 3, 40, 56, requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no gradients; use the one it was made from"):
+        optimized.backbone(image)
+    with torch.no_grad():
+        assert optimized.backbone(image)["res5"].shape[2:] == (2, 2)
 
 
 def test_per_pixel_baseline_with_detectron2_s_meta_architecture(full_config):

@@ -11,6 +11,7 @@ from torch import nn
 
 from mask2former_plugin.modeling import build_pixel_decoder
 from mask2former_plugin.modeling.layers import reference_points, sine_position_encoding
+from mask2former_plugin.modeling.pixel_decoders.fpn import plus_upsampled
 
 # float64; sums of a few thousand terms, through several norms
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
@@ -148,18 +149,24 @@ def test_deformable_stays_in_the_precision_it_is_given(build, features):
     decoder = build("MSDeformAttnPixelDecoder").float()
     maps = features(dtype=torch.float32)
     exact, _, _ = decoder.forward_features(maps)
+    places = []
+    for layer in decoder.transformer.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: places.append(inputs[3]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, _, _ = decoder.forward_features(maps)
     assert mixed.dtype == torch.bfloat16
     half, _, _ = decoder.bfloat16().forward_features({name: m.bfloat16() for name, m in maps.items()})
     assert half.dtype == torch.bfloat16
+    assert len(places) == 4 and all(points.dtype == torch.float32 for points in places)  # see test_precision.py
     for output in (mixed, half):
         correlation = torch.corrcoef(torch.stack((output.float().flatten(), exact.flatten())))[0, 1]
         assert correlation > 0.999
 
 
-def test_changed_layers_in_lean_training(build, features):
-    """An adapter in the place of a convolution, and a hook on another, do what they do without MODEL.LEAN_TRAINING."""
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("norm", ["GN", ""])
+def test_lean_training_with_two_finer_levels(build, features, norm, changed):
+    """The same results and gradients, also with an adapter in the place of a convolution and a hook on another."""
 
     class Adapted(nn.Module):
         def __init__(self, layer):
@@ -170,9 +177,10 @@ def test_changed_layers_in_lean_training(build, features):
             return self.layer(x) * self.scale
 
     key = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
-    decoder = build("MSDeformAttnPixelDecoder", key, ["res4", "res5"])
-    decoder.layer_1 = Adapted(decoder.layer_1)
-    decoder.layer_2.register_forward_hook(lambda module, inputs, output: 2 * output)
+    decoder = build("MSDeformAttnPixelDecoder", key, ["res4", "res5"], "MODEL.SEM_SEG_HEAD.NORM", norm)
+    if changed:
+        decoder.layer_1 = Adapted(decoder.layer_1)
+        decoder.layer_2.register_forward_hook(lambda module, inputs, output: 2 * output)
     inputs, noise = features((33, 47)), torch.randn(2, 32, 9, 12, dtype=torch.float64)
     found = []
     for lean in (False, True):
@@ -180,6 +188,17 @@ def test_changed_layers_in_lean_training(build, features):
         output = decoder.forward_features(inputs)[0]
         found.append((output, torch.autograd.grad((output * noise).sum(), tuple(decoder.parameters()))))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def test_sums_of_two_precisions_have_the_wider_one():
+    fine, coarse = torch.randn(1, 2, 5, 6), torch.randn(1, 2, 3, 3)
+    for mode in ("nearest", "bilinear"):
+        expected = fine + F.interpolate(coarse, size=(5, 6), mode=mode)
+        torch.testing.assert_close(plus_upsampled(fine, coarse, mode), expected)
+        same = torch.randn(1, 2, 5, 6)
+        torch.testing.assert_close(plus_upsampled(fine, same, mode), fine + same)  # neither is overwritten
+        for one, other in ((fine.bfloat16(), coarse), (fine, coarse.bfloat16())):
+            assert plus_upsampled(one, other, mode).dtype == torch.float32
 
 
 def test_drops_only_in_training(small_config, input_shape, features):
