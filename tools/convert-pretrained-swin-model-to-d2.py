@@ -13,6 +13,7 @@ import pickle
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 
 from mask2former_plugin.checkpoint.layouts import is_swin_release, unwrap
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.serialization import load_checkpoint_file
 
 
@@ -21,10 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("input", metavar="IN.pth", help="file of the Swin releases")
     parser.add_argument("output", metavar="OUT.pkl", help="file to write")
     args = parser.parse_args(arguments)
-    weights = unwrap(load_checkpoint_file(args.input))["model"]
+    with user_errors():
+        weights = unwrap(load_checkpoint_file(args.input))["model"]
     if not is_swin_release(weights):
         parser.error(f"{args.input} is no Swin release: it has no patch_embed.proj.weight")
-    with open(args.output, "wb") as file:
+    with user_errors(), open(args.output, "wb") as file:
         pickle.dump({"model": weights, "__author__": "third_party", "matching_heuristics": True}, file)
 
 

@@ -13,6 +13,7 @@ import pickle
 import mask2former_plugin  # noqa: F401  (first: makes detectron2 importable)
 
 from mask2former_plugin.checkpoint.layouts import is_torchvision, torchvision_name, unwrap
+from mask2former_plugin.engine import user_errors
 from mask2former_plugin.serialization import load_checkpoint_file
 
 
@@ -21,11 +22,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("input", metavar="IN.pth", help="torchvision's file")
     parser.add_argument("output", metavar="OUT.pkl", help="file to write")
     args = parser.parse_args(arguments)
-    weights = unwrap(load_checkpoint_file(args.input))["model"]
+    with user_errors():
+        weights = unwrap(load_checkpoint_file(args.input))["model"]
     if not is_torchvision(weights):
         parser.error(f"{args.input} is no torchvision ResNet: it has no layer1.0.conv1.weight")
     arrays = {torchvision_name(name): value.detach().numpy() for name, value in weights.items()}
-    with open(args.output, "wb") as file:
+    with user_errors(), open(args.output, "wb") as file:
         pickle.dump({"model": arrays, "__author__": "torchvision", "matching_heuristics": True}, file)
 
 

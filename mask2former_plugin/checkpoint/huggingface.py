@@ -103,6 +103,8 @@ def load_hf_config(path: str | os.PathLike) -> CfgNode:
         ValueError: it describes a model that does not exist here.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; it should be the folder of a Hugging Face checkpoint")
     folder = path if path.is_dir() else path.parent
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"the folder {folder} has no {CONFIG}; it is no Hugging Face checkpoint")

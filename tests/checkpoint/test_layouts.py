@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from mask2former_plugin.checkpoint import Checkpointer
+from mask2former_plugin.checkpoint.huggingface import load_hf_config
 from mask2former_plugin.checkpoint.layouts import fit_names, torchvision_name, unwrap
 from mask2former_plugin.detectron2_runtime import is_embedded
 
@@ -186,6 +187,29 @@ def test_torchvision_tool_writes_the_format_of_the_originals(torchvision_weights
     with pytest.raises(SystemExit):
         torch.save({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "swin.pth")
         run_tool("convert-torchvision-to-d2.py", tmp_path / "swin.pth", tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize(
+    ("tool", "name"),
+    [
+        ("convert-torchvision-to-d2.py", "layer1.0.conv1.weight"),
+        ("convert-pretrained-swin-model-to-d2.py", "patch_embed.proj.weight"),
+    ],
+)
+def test_converters_say_in_one_sentence_what_is_wrong(tmp_path, tool, name):
+    with pytest.raises(SystemExit, match="error: checkpoint .*gone.pth does not exist"):
+        run_tool(tool, tmp_path / "gone.pth", tmp_path / "x.pkl")
+    (tmp_path / "page.pth").write_text("some text")
+    with pytest.raises(SystemExit, match="error: .*page.pth is no checkpoint"):
+        run_tool(tool, tmp_path / "page.pth", tmp_path / "x.pkl")
+    torch.save({name: torch.zeros(1, 1, 1, 1)}, tmp_path / "model.pth")
+    with pytest.raises(SystemExit, match="error: .*No such file"):
+        run_tool(tool, tmp_path / "model.pth", tmp_path / "gone" / "x.pkl")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone does not exist; it should be the folder of a Hugging Face"):
+        load_hf_config(tmp_path / "gone")
 
 
 def test_batch_norm_of_its_own_keeps_its_counters(small_config, torchvision_weights, load_fresh, tmp_path):
