@@ -1,6 +1,7 @@
 """Activation checkpointing: the same losses and gradients, dropout and batch norm included, from fewer kept tensors."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -186,6 +187,28 @@ def test_costly_operators_run_once():
     with Counts():
         Convolves(overwrites=False)(torch.randn(1, 2, 5, 6)).sum().backward()
     assert calls == [(1, 1), (3, 3), (1, 1)]
+
+
+def test_attention_of_a_lean_head_runs_once(small_config, input_shape):
+    features = random_features(input_shape)
+    found = []
+    for lean in (False, True):
+        torch.manual_seed(1)
+        head = build_sem_seg_head(small_config(), input_shape).double().train()
+        if lean:
+            train_leanly(nn.Identity(), head)
+        calls = Counter()
+
+        class Counts(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, calls=calls):
+                calls[func.name()] += 1
+                return func(*args, **(kwargs or {}))
+
+        with Counts():
+            outputs = head({name: f.clone().requires_grad_() for name, f in features.items()})
+            (outputs["pred_logits"].square().sum() + outputs["mask_logits"].dense().square().mean()).backward()
+        found.append({name: number for name, number in calls.items() if "attn" in name or "attention" in name})
+    assert found[0] and found[0] == found[1]
 
 
 def test_copies_recompute_their_own_layers(small_config):
