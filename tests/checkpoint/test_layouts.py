@@ -202,7 +202,7 @@ def test_converters_say_in_one_sentence_what_is_wrong(tmp_path, tool, name):
     (tmp_path / "page.pth").write_text("some text")
     with pytest.raises(SystemExit, match="error: .*page.pth is no checkpoint"):
         run_tool(tool, tmp_path / "page.pth", tmp_path / "x.pkl")
-    torch.save({name: torch.zeros(1, 1, 1, 1)}, tmp_path / "model.pth")
+    torch.save({one: torch.zeros(1, 1, 1, 1) for one in (name, "conv1.weight")}, tmp_path / "model.pth")
     with pytest.raises(SystemExit, match="error: .*No such file"):
         run_tool(tool, tmp_path / "model.pth", tmp_path / "gone" / "x.pkl")
 
