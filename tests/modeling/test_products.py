@@ -44,7 +44,9 @@ def test_gradients_are_not_lost(calls):
     first, second = torch.rand(9, 4, requires_grad=True), torch.rand(4, 5)
     product(first, second).sum().backward()
     torch.testing.assert_close(first.grad, second.sum(1).expand(9, -1))
-    assert calls == [False]
+    product(first.detach(), second.requires_grad_()).sum().backward()
+    torch.testing.assert_close(second.grad, first.detach().sum(0)[:, None].expand(-1, 5))
+    assert calls == [False, False]
 
 
 def test_small_products_take_the_short_way():
