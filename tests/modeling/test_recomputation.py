@@ -278,3 +278,20 @@ def test_encoder_in_pieces_changes_nothing(small_config, input_shape, monkeypatc
         # sums in another order; biases before a norm have no gradient but rounding, hence the absolute part
         for ours, plain in zip(other, found[0]):
             torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-13)
+
+
+def test_pieces_within_recomputed_layers(small_config, input_shape, monkeypatch):
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(linear, "_CACHED_VALUES", 4 * 48)  # six places of res5: two pieces for two images
+    features = random_features(input_shape)
+    found = []
+    for key in (False, True):
+        torch.manual_seed(1)
+        kind = ["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "TransformerEncoderPixelDecoder"]
+        options = ["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 2, "MODEL.SEM_SEG_HEAD.USE_CHECKPOINT", key]
+        decoder = build_pixel_decoder(small_config(*kind, *options), input_shape).double().train()
+        decoder.forward_features(features)[0].square().mean().backward()
+        found.append([p.grad for p in decoder.parameters()])
+    assert all(g is not None for g in found[0])
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-13)

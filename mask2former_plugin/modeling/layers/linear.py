@@ -195,7 +195,8 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, parameters = ctx.saved_tensors[: ctx.number], ctx.saved_tensors[ctx.number :]
+        saved = ctx.saved_tensors  # once: within a recomputed layer they can't be had twice
+        tokens, parameters = saved[: ctx.number], saved[ctx.number :]
         sums: list[Tensor | None] = [None] * len(parameters)
         grad_tokens = [torch.empty_like(t) if t.requires_grad else None for t in tokens]
         for start in range(0, len(grad_output), ctx.length):
