@@ -324,7 +324,8 @@ def test_groups_follow_the_mean_of_earlier_classes():
 @pytest.mark.parametrize("flipped", [(False, True), (True, True)])
 def test_mirrored_passes_in_tiles(flipped):
     """Blocks and their bounds are those of the whole map, whatever side of it they are on."""
-    masks = [MaskLogits(torch.randn(1, 2, 4), torch.randn(1, 4, 16, 24)) for _ in flipped]
+    strength = torch.linspace(0.1, 3, 24)  # of the right side more than of the left
+    masks = [MaskLogits(torch.randn(1, 2, 4), torch.randn(1, 4, 16, 24) * strength) for _ in flipped]
     passes = [Pass(one_hot_logits([0, 1], 0.9), *one, (64, 96), (60, 90), mirror) for *one, mirror in zip(masks, flipped)]
     size, groups = (71, 101), torch.tensor([0, 1])
     masks = FusedPasses(passes).masks(groups, size)
