@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Instances
 
-from mask2former_plugin.benchmark import agreement, plots, report, samples
+from mask2former_plugin.benchmark import agreement, outputs, plots, report, samples
 from mask2former_plugin.benchmark.cases import CASES, GROUPS, choose_cases
 from mask2former_plugin.benchmark.command_line import CONFIGS, main
 from mask2former_plugin.benchmark.measure import Meter, Operations, is_out_of_memory
@@ -184,6 +185,20 @@ def test_missing_outputs_disagree():
     assert not agreement.disagreements(agreement.compare(less, everything, "float32", whole=False))
     nothing = agreement.compare({"losses": np.ones(1)}, everything, "float32", whole=False)
     assert len(agreement.disagreements(nothing)) == 2
+
+
+def test_fewer_instances_disagree():
+    """Sure ones alone have nearly the same scores and masks, and are less work."""
+
+    def found(count):
+        instances = Instances((8, 8))
+        instances.scores = torch.tensor([0.9] * 5 + [0.001] * 95)[:count]
+        instances.pred_masks = torch.ones(100, 8, 8, dtype=torch.bool)[:count]
+        return outputs.of_results({"instances": instances})
+
+    compared = agreement.compare(found(5), found(100), "float32")
+    assert compared["instance_count"]["difference"] == 0.95 and agreement.disagreements(compared)
+    assert not agreement.disagreements(agreement.compare(found(99), found(100), "float32"))
 
 
 def test_the_order_of_sides_does_not_matter():

@@ -48,6 +48,7 @@ RULES = {
     "semantic_labels": Rule(differing, 1e-3, 0.3),
     # rounding decides about a segment on a threshold, and about the last of the best instances
     "panoptic_classes": Rule(differing, 0.02, 0.3),
+    "instance_count": Rule(relative, 0.05, 0.3),
     "instance_scores": Rule(furthest, 0.02, 0.3),
     "instance_masks": Rule(relative, 0.02, 0.3),
     "losses": Rule(relative, 1e-3, 0.1),

@@ -38,6 +38,7 @@ def of_results(results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if "instances" in results:
         instances = results["instances"]
         masks = instances.pred_masks if instances.has("pred_masks") else instances.pred_masks_rle.dense()
+        found["instance_count"] = np.array([len(instances)])  # the last of them hardly show in scores and masks
         found["instance_scores"] = np.zeros(_INSTANCES, dtype=np.float32)
         scores = np.sort(array(instances.scores))[::-1][:_INSTANCES]
         found["instance_scores"][: len(scores)] = scores
