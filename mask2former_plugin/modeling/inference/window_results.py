@@ -119,11 +119,11 @@ class SemanticWindows:
         """Compute the result above a row."""
         tiles = Tiles.of((row - self._done, self._size[1]), self._result.device, all_masks=True)
         for (top, bottom), columns in tiles:
-            self._average((top + self._done, bottom + self._done), columns)
+            self._average((top + self._done, bottom + self._done), columns, tiles.tile)
         self._done = row
         self._open = [one for one in self._open if one[0].window.output_rows[1] > row]
 
-    def _average(self, rows: Range, columns: Range) -> None:
+    def _average(self, rows: Range, columns: Range, tile: tuple[int, int]) -> None:
         target = self._result[..., slice(*rows), slice(*columns)]
         number, dtype = len(self._open[0][1]), self._open[0][1].dtype
         total = self._buffers("total", (number, *target.shape[-2:]), dtype).zero_()
@@ -135,7 +135,9 @@ class SemanticWindows:
                 continue
             own = shifted(ranges, (window.output_rows[0], window.output_columns[0]))
             probability = masks.block(*own, buffers=self._buffers).sigmoid_()
-            scores = product(weights, probability.flatten(1)).view(-1, *probability.shape[1:])
+            # oneDNN keeps 0.6 MB for each new shape, and windows cut tiles into many
+            multiply = product if probability.shape[1:] == tile else torch.mm
+            scores = multiply(weights, probability.flatten(1)).view(-1, *probability.shape[1:])
             vertical, horizontal = (
                 axis_weights(length, *shared, scores)[slice(*part)]
                 for length, shared, part in zip(window.output_size, placed.shared, own)
