@@ -267,6 +267,8 @@ def check_config(cfg: CfgNode, *, training: bool) -> None:
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, got {cfg.SOLVER.AMP.PRECISION!r}")
     _check_inference(cfg.MODEL.INFERENCE)
+    if training and cfg.SOLVER.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {cfg.SOLVER.MAX_ITER}; to evaluate without training take --eval-only")
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.exists(weights.removesuffix("?matching_heuristics=True")):
         raise FileNotFoundError(f"MODEL.WEIGHTS: {weights} does not exist")

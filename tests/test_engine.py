@@ -98,7 +98,9 @@ def test_resume_with_another_config(run):
     ("changed", "message"),
     [
         (["SOLVER.OPTIMIZER", "ADAM"], "SOLVER.OPTIMIZER must be one of"),
-        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH"),
+        pytest.param(["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH", marks=pytest.mark.embedded_only),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER must be at least 1"),
+        pytest.param(["MODEL.RESNETS.DEPTH", "51"], "no ResNet of depth 51", marks=pytest.mark.embedded_only),
         (["OUTPUT_DIR", __file__], "Not a directory|File exists"),
     ],
 )

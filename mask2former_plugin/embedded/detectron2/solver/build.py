@@ -215,7 +215,10 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
     }
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME not in builders:
-        raise ValueError(f"unknown SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME!r}; known: {', '.join(builders)}")
+        raise ValueError(
+            f"unknown SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME!r}; known: {', '.join(builders)}, "
+            "and WarmupPolyLR of detectron2.projects.deeplab"
+        )
     if solver.RESCALE_INTERVAL and solver.WARMUP_ITERS >= solver.MAX_ITER:
         raise ValueError(
             f"SOLVER.RESCALE_INTERVAL needs WARMUP_ITERS = {solver.WARMUP_ITERS} below MAX_ITER = {solver.MAX_ITER}"
