@@ -18,7 +18,8 @@ def main(args):
     with user_errors():
         cfg = setup(args)
     if not args.eval_only:
-        with user_errors(AssertionError, KeyError, ValueError, OSError):  # Detectron2 asserts that a dataset is not empty
+        # Detectron2 asserts that a dataset is not empty
+        with user_errors(AssertionError, KeyError, ValueError, OSError):
             trainer = Trainer(cfg)
         with user_errors(ValueError, FileNotFoundError):
             trainer.resume_or_load(resume=args.resume)

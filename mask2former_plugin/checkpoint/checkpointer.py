@@ -129,8 +129,8 @@ class Checkpointer(DetectionCheckpointer):
         unexpected = [name for name in self.report.unexpected if not _DERIVED.fullmatch(name)]
         if self.report.unset or unexpected:
             raise CheckpointMismatchError(
-                f"a training can't be resumed with another model: {self.report}\nTake the config of the stored run; or, "
-                "for a new training from these weights, another OUTPUT_DIR and MODEL.WEIGHTS."
+                f"a training can't be resumed with another model: {self.report}\nTake the config of the stored run; "
+                "or, for a new training from these weights, another OUTPUT_DIR and MODEL.WEIGHTS."
             )
 
     def _check_architecture(self, whole_model: bool) -> None:

@@ -440,7 +440,7 @@ INSTANCES = {"FORMAT": "coco_instances", "IMAGES": "zoo/images", "JSON": "zoo/in
             {"segmentation": {"size": [5, 6], "counts": [30]}},
             r"annotation 2 of image 1 has run lengths for \[5, 6\], its image is",
         ),
-        ("annotations", {"segmentation": "short"}, "annotation 2 of image 1 has run lengths of 7 pixels, its image has"),
+        ("annotations", {"segmentation": "short"}, "annotation 2 of image 1 has run lengths of 7 pixels, its image"),
     ],
 )
 @pytest.mark.parametrize("panoptic", [False, True])
@@ -571,5 +571,5 @@ def test_panoptic_results_need_things(root):
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
     check_num_classes(cfg)
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = "MaskFormer", True
-    with pytest.raises(ValueError, match="PANOPTIC_ON is True, but dataset 'street_train' of DATASETS.TRAIN does not tell"):
+    with pytest.raises(ValueError, match="PANOPTIC_ON is True, but dataset 'street_train' .* does not tell things"):
         check_num_classes(cfg)

@@ -7,7 +7,11 @@ from typing import Any
 
 import pycocotools.mask as mask_util
 
-_FIELDS = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ("image_id", "category_id")}
+_FIELDS = {
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("image_id", "category_id"),
+}
 _EVALUATED = ("id", "bbox", "area", "iscrowd")  # read by pycocotools and its relatives
 
 
