@@ -36,7 +36,7 @@ class ByHand:
         }
         for module in network.modules():
             if isinstance(module, MSDeformAttn):
-                # the encoder calls its parts, and offsets and weights come from one product
+                # the encoder calls its parts
                 module.value_proj.register_forward_hook(lambda m, i, output, attn=module: self.samples(attn, output))
             for kind, (name, rule) in rules.items():
                 if isinstance(module, kind):
@@ -59,8 +59,6 @@ class ByHand:
 
     def samples(self, module, values):
         batch, length, width = values.shape
-        predicted = module.sampling_offsets.out_features + module.attention_weights.out_features
-        self.add("linear", batch * length * width * predicted)
         # four neighbours of each sampled value; every token asks, at points of every level
         self.add("samples", 4 * batch * length * module.num_levels * module.num_points * width)
 
