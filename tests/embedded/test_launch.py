@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,8 @@ def report(folder, fail_on=None):
         json.dump(seen, file)
     if comm.get_rank() == fail_on:
         raise KeyError(f"process {fail_on} is broken")
+    if fail_on is not None:
+        time.sleep(60)  # until it is ended: one that ends by itself may be aborted, while threads of Gloo still run
 
 
 def read(folder, rank):
