@@ -11,6 +11,7 @@ from torch import nn
 
 from mask2former_plugin.modeling import build_pixel_decoder
 from mask2former_plugin.modeling.layers import reference_points, sine_position_encoding
+from mask2former_plugin.modeling.pixel_decoders.deformable import DeformableEncoderLayer
 from mask2former_plugin.modeling.pixel_decoders.fpn import plus_upsampled
 
 # float64; sums of a few thousand terms, through several norms
@@ -188,6 +189,44 @@ def test_lean_training_with_two_finer_levels(build, features, norm, changed):
         output = decoder.forward_features(inputs)[0]
         found.append((output, torch.autograd.grad((output * noise).sum(), tuple(decoder.parameters()))))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_who_hangs_on_a_part_of_an_encoder_layer_is_called_once(training):
+    """With all tokens, more than a CPU treats at once; results and gradients stay the same."""
+    size, recorded = (40, 60), {}
+    layer = DeformableEncoderLayer(32, 1, 4, 4, feedforward=1024, dropout=0.0).double().train(training)
+    layer.recompute_cheap_steps = True
+    x, pos = torch.randn(2, math.prod(size), 32, dtype=torch.float64), torch.randn(math.prod(size), 32).double()
+    noise, points = torch.randn_like(x), reference_points([size], **CPU_DOUBLE)
+
+    def run():
+        with torch.set_grad_enabled(training):
+            output = layer(x, pos, [size], points)
+        return output, torch.autograd.grad((output * noise).sum(), tuple(layer.parameters())) if training else ()
+
+    expected = run()
+    for name in ("self_attn", "linear1"):
+        hook = layer.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: recorded.setdefault(name, []).append(output.shape)
+        )
+        torch.testing.assert_close(run(), expected, rtol=0, atol=1e-10)
+        hook.remove()
+    assert recorded == {"self_attn": [x.shape], "linear1": [(2, math.prod(size), 1024)]}
+
+
+def test_an_encoder_layer_takes_another_attention():
+    class Other(nn.Module):
+        def forward(self, query, value, spatial_shapes, points):
+            return value.mean(1, keepdim=True) + 0 * query
+
+    layer = DeformableEncoderLayer(32, 1, 4, 4, feedforward=64, dropout=0.0).double().eval()
+    layer.self_attn = Other()
+    x, pos = torch.randn(2, 12, 32, dtype=torch.float64), torch.zeros(12, 32, dtype=torch.float64)
+    hidden = layer.norm1(x + x.mean(1, keepdim=True))
+    expected = layer.norm2(hidden + layer.linear2(layer.linear1(hidden).relu()))
+    found = layer(x, pos, [(3, 4)], reference_points([(3, 4)], **CPU_DOUBLE))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 def test_sums_of_two_precisions_have_the_wider_one():
