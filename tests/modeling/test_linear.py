@@ -290,3 +290,21 @@ def test_inputs_without_gradient_and_active_dropout(monkeypatch):
     assert recomputes_pieces(dropping.eval(), x, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert not recomputes_pieces(layer, x, 16)
+
+
+def test_hooks_on_parts_see_all_tokens_at_once():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(8, 16)
+
+        def feed(self, x):
+            return self.layer(x)
+
+    block, x, seen = Block(), torch.randn(2, 3000, 8), []
+    with torch.no_grad():
+        expected = token_wise(block.feed, x, hidden=2**20)
+        block.layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+        found = token_wise(block.feed, x, hidden=2**20)  # so wide that there are many pieces
+    assert seen == [x.shape]
+    torch.testing.assert_close(found, expected)

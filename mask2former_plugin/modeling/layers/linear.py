@@ -104,6 +104,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def has_hooked_parts(module: nn.Module) -> bool:
+    """Whether somebody waits for a part of the module to be called."""
+    return any(has_hooks(part) for part in module.modules() if part is not module)
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a linear layer is nothing but its weights, and nobody else reads its result.
 
@@ -142,16 +147,17 @@ def token_wise(
 ) -> Tensor:
     """``function(*inputs)``; on a CPU piece by piece, so that wide intermediate results stay in its cache.
 
-    Given the module, a piece is computed again in the backward pass, so that nothing but the inputs is kept.
+    Given the module, a piece is computed again in the backward pass, so that nothing but the inputs is kept. Hooks on
+    parts of the function's module see all tokens at once.
 
     Args:
-        function: treats every token for itself, ``[..., C_i]`` to ``[..., N]``.
+        function: a method that treats every token for itself, ``[..., C_i]`` to ``[..., N]``.
         inputs: ``[..., C_i]``, the other dimensions equal.
         hidden: width of the widest intermediate result.
         module: whose parameters it uses; without it, and with active dropout in it, training makes no pieces.
     """
     x, length = inputs[0], _piece(hidden)
-    if traced() or x.device.type != "cpu" or x.numel() <= length * x.shape[-1]:
+    if traced() or x.device.type != "cpu" or x.numel() <= length * x.shape[-1] or _is_watched(function):
         return function(*inputs)
     tokens = [i.flatten(0, -2) for i in inputs]
     if not torch.is_grad_enabled():
@@ -177,6 +183,11 @@ def recomputes_pieces(module: nn.Module, x: Tensor, hidden: int) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
     )
+
+
+def _is_watched(method: Callable[..., Tensor]) -> bool:
+    owner = getattr(method, "__self__", None)
+    return isinstance(owner, nn.Module) and has_hooked_parts(owner)
 
 
 def _piece(hidden: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
 from mask2former_plugin.modeling.layers.linear import (
     Linear,
+    has_hooked_parts,
     has_hooks,
     linear_add,
     linear_relu,
@@ -55,7 +56,7 @@ class DeformableEncoderLayer(RunsLayers):
 
     def forward(self, x: Tensor, pos: Tensor, sizes: list[tuple[int, int]], points: Tensor) -> Tensor:
         """Tokens ``[B, S, C]`` with position encoding ``[S, C]`` and places ``[S, 2]`` to ``[B, S, C]``."""
-        if type(self.self_attn) is not MSDeformAttn or any(has_hooks(m) for m in self.modules() if m is not self):
+        if type(self.self_attn) is not MSDeformAttn or has_hooked_parts(self):
             # what somebody has put in there, or hung on a part, waits to be called: once, for all tokens
             return self._feed(self.norm1(x + self.dropout(self.self_attn(x + pos, x, sizes, points))))
         attended = self.run_lean(self._attend, x, pos, sizes, points)
