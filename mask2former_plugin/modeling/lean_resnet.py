@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mask2former_plugin.modeling.layers.fused_convolution import all_finite, fused_convolution, fuses_convolutions
-from mask2former_plugin.modeling.layers.linear import has_hooks
+from mask2former_plugin.modeling.layers.plain import has_hooks, is_plain
 from mask2former_plugin.modeling.ops.sampling import traced
 
 _CONVOLUTIONS = {BasicBlock: ("conv1", "conv2"), BottleneckBlock: ("conv1", "conv2", "conv3")}
@@ -47,14 +47,12 @@ def train_resnet_leanly(backbone: nn.Module) -> bool:
 def _frozen_norms(convolutions: Sequence[nn.Module]) -> bool:
     """Whether all are plain convolutions with frozen norms, whose hooks nobody waits for."""
     return all(
-        type(conv) is Conv2d
-        and type(conv.norm) is FrozenBatchNorm2d
+        is_plain(conv, Conv2d)
+        and is_plain(conv.norm, FrozenBatchNorm2d)
         and conv.activation is None
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and not has_hooks(conv)
-        and not has_hooks(conv.norm)
         for conv in convolutions
     )
 

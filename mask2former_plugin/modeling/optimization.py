@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers import MultiheadAttention
 from mask2former_plugin.modeling.layers.fused_convolution import all_finite, fused_convolution, fuses_convolutions
-from mask2former_plugin.modeling.layers.linear import has_hooks
+from mask2former_plugin.modeling.layers.plain import has_hooks, is_plain
 from mask2former_plugin.modeling.lean_resnet import LeanStem
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -70,7 +70,7 @@ def optimize_for_inference(model: nn.Module, *, precision: str = "float32", comp
 def fold_norms(module: nn.Module) -> None:
     """Make batch norms in evaluation mode part of the convolution that holds them as ``norm``, in place."""
     for conv in module.modules():
-        norm = conv.norm if _is_plain(conv) else None
+        norm = conv.norm if is_plain(conv, Conv2d) else None
         if not isinstance(norm, _FOLDABLE) or norm.running_var is None or has_hooks(norm):
             continue
         scale, shift = _affine_form(norm)
@@ -83,14 +83,9 @@ def fold_norms(module: nn.Module) -> None:
 _FOLDABLE = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution is nothing but its weights, the norm and the activation."""
-    return type(conv) is Conv2d and not has_hooks(conv)
-
-
 def _require_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
+        if not all_finite(parameter):
             raise ValueError(
                 f"{name} of {type(module).__name__} is not finite (for a convolution, with its norm), so nothing that "
                 "the model gives would mean anything; load other weights"
@@ -136,7 +131,7 @@ def fuse_residual_blocks(module: nn.Module) -> None:
 
 
 def _fusible(conv: nn.Module) -> bool:
-    if not _is_plain(conv) or conv.norm is not None or conv.activation is not None:
+    if not is_plain(conv, Conv2d) or conv.norm is not None or conv.activation is not None:
         return False
     return conv.padding_mode == "zeros" and fuses_convolutions(conv.weight.dtype)
 

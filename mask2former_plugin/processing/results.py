@@ -19,7 +19,7 @@ from mask2former_plugin.modeling.inference import (
     needed_queries,
     run_tasks,
 )
-from mask2former_plugin.modeling.inference.light_outputs import RunLengths, dense_masks
+from mask2former_plugin.modeling.inference.light_outputs import RunLengths, dense_masks, mask_in_box
 from mask2former_plugin.modeling.inference.semantic import class_probabilities
 from mask2former_plugin.modeling.mask_logits import MaskLogits
 
@@ -250,14 +250,13 @@ def _kept(instances: Instances, threshold: float) -> Instances:
 
 def _id_map(codes: RunLengths, size: tuple[int, int], least_visible: float) -> tuple[Tensor, list[int]]:
     """Ids int32 ``[H, W]`` where a pixel belongs to the first mask that has it, and which masks got pixels."""
-    ids = np.full(size[::-1], BACKGROUND, dtype=np.int32)  # column by column, as run lengths are
+    ids = np.full(size, BACKGROUND, dtype=np.int32, order="F")  # column by column, as run lengths are
     painted: list[int] = []
     for i, code in enumerate(codes):
-        left, top, width, height = pycocotools.mask.toBbox(code).astype(int)
-        box = slice(left, left + width), slice(top, top + height)
-        visible = pycocotools.mask.decode(code).T[box].astype(bool) & (ids[box] == BACKGROUND)
+        box, inside = mask_in_box(code)
+        visible = inside.astype(bool) & (ids[box] == BACKGROUND)
         area = np.count_nonzero(visible)
         if area and area / int(pycocotools.mask.area(code)) >= least_visible:
             np.copyto(ids[box], len(painted), where=visible)
             painted.append(i)
-    return torch.from_numpy(np.ascontiguousarray(ids.T)), painted
+    return torch.from_numpy(np.ascontiguousarray(ids)), painted

@@ -61,10 +61,16 @@ def dense_masks(codes: Sequence[Mapping[str, Any]], size: Sequence[int]) -> Tens
     # one at a time and inside its box: what is not written of NumPy's zeros is no real memory
     masks = np.zeros((len(codes), *size), dtype=bool)
     for mask, code in zip(masks, codes):
-        left, top, width, height = pycocotools.mask.toBbox(code).astype(int)
-        box = slice(top, top + height), slice(left, left + width)
-        mask[box] = pycocotools.mask.decode(code)[box]
+        box, inside = mask_in_box(code)
+        mask[box] = inside
     return torch.from_numpy(masks)
+
+
+def mask_in_box(code: Mapping[str, Any]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Rows and columns of the box around a mask of run lengths, and what is in it, uint8 ``[h, w]``."""
+    left, top, width, height = pycocotools.mask.toBbox(code).astype(int)
+    box = slice(top, top + height), slice(left, left + width)
+    return box, pycocotools.mask.decode(code)[box]
 
 
 def without_pairs(places: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mask2former_plugin.modeling.layers.linear import Linear, is_plain, linear
+from mask2former_plugin.modeling.layers.linear import Linear, is_plain_linear, linear
 from mask2former_plugin.modeling.ops import ms_deform_attn_from_logits
 from mask2former_plugin.modeling.ops.sampling import traced
 
@@ -94,7 +94,7 @@ class MSDeformAttn(nn.Module):
     def _predict(self, query: Tensor, samples: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Offsets ``[B, T, M, L, P, 2]`` and logits ``[B, T, M, L, P]``, of one product if the layers are plain."""
         both = (self.sampling_offsets, self.attention_weights)
-        if not all(map(is_plain, both)):
+        if not all(map(is_plain_linear, both)):
             offsets, logits = (layer(query) for layer in both)
             return offsets.unflatten(2, (*samples, 2)), logits.unflatten(2, samples)
         weights, biases = [x.weight for x in both], [x.bias for x in both]

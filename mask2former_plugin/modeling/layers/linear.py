@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mask2former_plugin.modeling.layers.plain import has_hooked_parts, is_plain
 from mask2former_plugin.modeling.ops.sampling import traced
 
 # fewer rows than this gain nothing
@@ -97,29 +98,14 @@ def _dense(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody waits for the module to be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def has_hooked_parts(module: nn.Module) -> bool:
-    """Whether somebody waits for a part of the module to be called."""
-    return any(has_hooks(part) for part in module.modules() if part is not module)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is nothing but its weights, and nobody else reads its result.
-
-    What somebody has put in the place of one, or hung on it, may do more and may keep what it gives.
-    """
-    return type(layer) in (nn.Linear, Linear) and not has_hooks(layer)
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a linear layer is nothing but its weights, and nobody else reads its result."""
+    return is_plain(layer, nn.Linear, Linear)
 
 
 def linear_relu(x: Tensor, layer: nn.Linear) -> Tensor:
     """``relu(layer(x))``."""
-    plain = is_plain(layer)
+    plain = is_plain_linear(layer)
     if plain and fuses(x, layer.weight):
         return fused_linear(x, layer.weight, layer.bias, then="relu")
     return F.relu(layer(x), inplace=plain and not torch.is_grad_enabled())
@@ -129,7 +115,7 @@ def linear_add(x: Tensor, layer: nn.Linear, dropout: nn.Dropout, addend: Tensor)
     """``addend + dropout(layer(x))``."""
     added = dropout(layer(x))
     wide_enough = added.dtype == torch.promote_types(added.dtype, addend.dtype)
-    if not torch.is_grad_enabled() and wide_enough and is_plain(layer):
+    if not torch.is_grad_enabled() and wide_enough and is_plain_linear(layer):
         return added.add_(addend)
     return addend + added
 

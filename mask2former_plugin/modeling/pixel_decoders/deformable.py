@@ -13,15 +13,8 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from mask2former_plugin.modeling.layers.deformable_attention import MSDeformAttn, reference_points
-from mask2former_plugin.modeling.layers.linear import (
-    Linear,
-    has_hooked_parts,
-    has_hooks,
-    linear_add,
-    linear_relu,
-    recomputes_pieces,
-    token_wise,
-)
+from mask2former_plugin.modeling.layers.linear import Linear, linear_add, linear_relu, recomputes_pieces, token_wise
+from mask2former_plugin.modeling.layers.plain import has_hooked_parts, is_plain
 from mask2former_plugin.modeling.layers.position_encoding import sine_position_encoding
 from mask2former_plugin.modeling.pixel_decoders.fpn import (
     NUM_DECODER_LEVELS,
@@ -234,7 +227,7 @@ class MSDeformAttnPixelDecoder(RunsLayers):
         for number in range(len(self.fpn_features), 0, -1):
             feature = features[self.fpn_features[number - 1]]
             layer = self.get_submodule(f"layer_{number}")
-            if self.runs_lean() and type(layer) is Conv2d and not has_hooks(layer):
+            if self.runs_lean() and is_plain(layer, Conv2d):
                 # in two parts, so that in the backward pass large maps of one are there at a time
                 convolved = self.run_lean(self._convolve_finer_level, number, feature, maps[-1])
                 finer, embedding = self.run_lean(self._finish_finer_level, number, convolved)
